@@ -1,0 +1,108 @@
+"""The limits of a model in plain words, each sentence derived from the numbers beside it."""
+
+from __future__ import annotations
+
+from .view import View, count, size, tokens
+
+__all__ = ["limits"]
+
+
+def limits(view: View) -> list[str]:
+    """Sentences for the section on limits. What was not measured is named at the end."""
+    sentences = [*_perplexity(view), *_tasks(view), *_recall(view), *_positions(view), *_memory(view)]
+    missing = [
+        label
+        for part, label in (
+            ("perplexity", "perplexity"),
+            ("tasks", "tasks"),
+            ("recall", "recall by distance"),
+            ("by_position", "quality by position in a long text"),
+            ("decode", "decoding speed and state bytes"),
+        )
+        if not view.rows(part, column="student")
+    ]
+    sentences.append(
+        f"Not measured: {', '.join([*missing, 'other languages', 'code', 'factual accuracy', 'bias', 'safety'])}."
+    )
+    return sentences
+
+
+def _perplexity(view: View) -> list[str]:
+    found = []
+    for row in view.rows("perplexity", column="student"):
+        same = {key: row.get(key) for key in ("dataset", "window", "stride")}
+        teacher = next(iter(view.rows("perplexity", column="teacher", **same)), None)
+        window = next(iter(view.rows("perplexity", column="window", **same)), None)
+        where = f"On {row['dataset']} (windows of {row['window']:,} tokens)"
+        if teacher:
+            ratio = row["value"] / teacher["value"]
+            found.append(f"{where} its perplexity is {ratio:.2f} times that of its teacher.")
+        if window:
+            better = row["value"] < window["value"]
+            found.append(
+                f"{where} it is {'better' if better else 'not better'} than the teacher cut to a window of the same "
+                f"bytes: {row['value']:.2f} against {window['value']:.2f}."
+            )
+    return found
+
+
+def _tasks(view: View) -> list[str]:
+    lost = []
+    for row in view.rows("tasks", column="student", metric="accuracy"):
+        teacher = next(iter(view.rows("tasks", column="teacher", task=row["task"], metric="accuracy")), None)
+        if teacher and row["value"] < teacher["value"]:
+            lost.append(f"{100 * (teacher['value'] - row['value']):.1f} points on {row['task']} (n = {row['n']})")
+    return [f"Against its teacher it loses {', '.join(lost)}."] if lost else []
+
+
+def _recall(view: View) -> list[str]:
+    """Where one-sided 95% of the binomial error no longer excludes chance."""
+    rows = sorted(view.rows("recall", column="student"), key=lambda row: row["distance"])
+    if not rows:
+        return []
+    chance = view.chance
+    above = [row["distance"] for row in rows if row["accuracy"] - 1.65 * (row.get("stderr") or 0) > chance]
+    beyond = [row["distance"] for row in rows if row["distance"] not in above]
+    if not above:
+        return [f"At no measured distance does it recall a phrase better than chance ({chance:.0%})."]
+    found = [f"It recalls a phrase better than chance ({chance:.0%}) from {_listed(above)} tokens back."]
+    if beyond:
+        found.append(
+            f"From {_listed(beyond)} tokens back its recall cannot be told from chance: do not rely on details there."
+        )
+    return found
+
+
+def _listed(distances: list[int]) -> str:
+    shown = [f"{distance:,}" for distance in distances]
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def _positions(view: View) -> list[str]:
+    rows = view.rows("by_position", column="student")
+    base = next((row for row in rows if row["start"] == 2048), None)
+    if base is None or rows[-1] is base:
+        return []
+    last = rows[-1]
+    ratio = last["perplexity"] / base["perplexity"]
+    return [
+        f"In a long text the perplexity of tokens {tokens(last['start'])} to {tokens(last['end'])} is {ratio:.2f} "
+        f"times that of tokens {tokens(base['start'])} to {tokens(base['end'])}."
+    ]
+
+
+def _memory(view: View) -> list[str]:
+    rows = view.rows("decode", column="student")
+    if not rows:
+        return []
+    least, most = min(r["state_bytes"] for r in rows), max(r["state_bytes"] for r in rows)
+    first, last = min(r["context"] for r in rows), max(r["context"] for r in rows)
+    if least == most:
+        return [
+            f"Its state is {size(most)} at any length (measured from {count(first)} to {count(last)} tokens): "
+            "what does not fit is forgotten."
+        ]
+    return [
+        f"Its state grows from {size(least)} at {count(first)} tokens to {size(most)} at {count(last)}, because some "
+        "layers keep attention."
+    ]

@@ -1,0 +1,136 @@
+"""Checks a card without the Hub: its metadata, its sections, its links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .licences import HUB_LICENCES
+
+__all__ = ["SECTIONS", "validate_card"]
+
+SECTIONS = (
+    "What it is",
+    "Use",
+    "Quality",
+    "Quality by position",
+    "Recall by distance",
+    "Memory",
+    "Decoding speed",
+    "Layers",
+    "Conversion",
+    "Data",
+    "Limits",
+    "Environment",
+    "Reproduce",
+    "Citation",
+    "Licence",
+)
+_RELATIONS = {"adapter", "merge", "quantized", "finetune"}
+_LOCAL_PATH = re.compile(r"(?<![\w/.:])/(?:home|root|tmp|work|mnt|Users|var|data)/[^\s)`|]+")
+
+
+def validate_card(text: str, folder: str | Path | None = None) -> list[str]:
+    """Every problem of a card as one sentence; an empty list is a valid card.
+
+    Args:
+        text: the whole README.md. folder: where its relative links point; None leaves links unchecked.
+    """
+    match = re.match(r"\A---\n(.*?)\n---\n(.*)\Z", text, re.DOTALL)
+    if not match:
+        return ["The card does not start with a metadata block between lines of three dashes."]
+    try:
+        data = yaml.safe_load(match[1])
+    except yaml.YAMLError as error:
+        return [f"The metadata is not YAML: {' '.join(str(error).split())}."]
+    if not isinstance(data, dict):
+        return ["The metadata is not a mapping."]
+    body = match[2]
+    return [*_metadata(data), *_body(body), *(_links(body, Path(folder)) if folder is not None else [])]
+
+
+def _metadata(data: dict[str, Any]) -> list[str]:
+    problems = []
+    for key in ("language", "license", "library_name", "pipeline_tag", "tags"):
+        if not data.get(key):
+            problems.append(f"The metadata has no {key}.")
+    if "licence" in data:
+        problems.append("The metadata key is license, not licence.")
+    if data.get("license") and data["license"] not in HUB_LICENCES:
+        problems.append(f"The Hub knows no license {data['license']!r}: use other with license_name.")
+    if data.get("license") == "other" and not data.get("license_name"):
+        problems.append("license: other needs license_name.")
+    if data.get("pipeline_tag") not in (None, "text-generation", "text-classification"):
+        problems.append(f"pipeline_tag {data['pipeline_tag']!r} is not one of this library's models.")
+    for key in ("tags", "datasets", "metrics", "language"):
+        value = data.get(key, [])
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
+            problems.append(f"{key} must be a list of strings.")
+    base = data.get("base_model")
+    if base is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)):
+        problems.append(f"base_model {base!r} is not a Hub id of the form owner/name.")
+    if data.get("base_model_relation") not in (None, *_RELATIONS):
+        problems.append(
+            f"base_model_relation {data['base_model_relation']!r} is none of {', '.join(sorted(_RELATIONS))}."
+        )
+    return [*problems, *_model_index(data.get("model-index"))]
+
+
+def _model_index(index: Any) -> list[str]:
+    if index is None:
+        return []
+    if not isinstance(index, list) or not all(isinstance(entry, dict) for entry in index):
+        return ["model-index must be a list of mappings."]
+    problems = []
+    for entry in index:
+        if not entry.get("name") or not isinstance(entry.get("results"), list) or not entry["results"]:
+            problems.append("Every model-index entry needs a name and results.")
+            continue
+        for result in entry["results"]:
+            if not (result.get("task") or {}).get("type"):
+                problems.append("A result of the model-index has no task type.")
+            if not {"type", "name"} <= set(result.get("dataset") or {}):
+                problems.append("A result of the model-index has no dataset type and name.")
+            metrics = result.get("metrics") or []
+            if not metrics or not all(m.get("type") and isinstance(m.get("value"), int | float) for m in metrics):
+                problems.append("A result of the model-index has no metric with a type and a number.")
+    return problems
+
+
+def _body(body: str) -> list[str]:
+    prose = re.sub(r"^```.*?^```", "", body, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^## (.+)$", prose, re.MULTILINE)
+    problems = [f"The section {section!r} is missing." for section in SECTIONS if section not in headings]
+    if not re.search(r"^# \S", prose, re.MULTILINE):
+        problems.append("The card has no title.")
+    if re.search(r"\{\{|\}\}|\{%|%\}", prose):
+        problems.append("The card holds unrendered template marks.")
+    if re.search(r"\b(?:None|nan|inf)\b", "\n".join(line for line in prose.splitlines() if line.startswith("|"))):
+        problems.append("A table holds None, nan or inf where a number or 'not measured' belongs.")
+    widths: list[int] = []
+    for line in [*prose.splitlines(), ""]:
+        if line.startswith("|"):
+            cells = re.split(r"(?<!\\)\|", line)[1:-1]
+            widths.append(len(cells))
+            if not all(text.strip() for text in cells):
+                problems.append(f"A table cell is empty: {line}")
+        elif widths:
+            if len(set(widths)) > 1:
+                problems.append("The rows of a table have different numbers of cells.")
+            widths = []
+    if found := _LOCAL_PATH.search(body):
+        problems.append(f"The card names a path of one machine: {found[0]}.")
+    return problems
+
+
+def _links(body: str, folder: Path) -> list[str]:
+    targets = re.findall(r"!?\[[^\]]*\]\(([^)\s]+)\)", body)
+    return [
+        f"The link to {target} leads nowhere."
+        for target in targets
+        if not re.match(r"[a-z]+:|#", target) and not (folder / target).exists()
+    ]

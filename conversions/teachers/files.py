@@ -1,0 +1,144 @@
+"""Files of a teacher: where they are cached, whether they are whole, what identifies them.
+
+Everything that can go wrong with a file (missing, cut short, no permission, no space) leaves this module and its callers
+as a `RnnzooError` of one sentence.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...kernels.errors import RnnzooError
+
+__all__ = ["cache_root", "check_safetensors", "content_hash", "hub_reachable", "quiet_loading", "user_errors"]
+
+FULL_HASH_BYTES = 2 << 30
+SAMPLE_BYTES = 1 << 16
+SAMPLES_PER_FILE = 256
+
+
+def cache_root() -> Path:
+    """The folder for what rnnzoo fetches once: $RNNZOO_CACHE, else beside the Hub's cache, else the user's cache."""
+    if chosen := os.environ.get("RNNZOO_CACHE"):
+        return Path(chosen).expanduser()
+    if hub_home := os.environ.get("HF_HOME"):
+        return Path(hub_home).expanduser().parent / "rnnzoo"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnzoo"
+
+
+@contextmanager
+def user_errors(action: str) -> Iterator[None]:
+    """Turns what the operating system refuses into one sentence that starts with `action`.
+
+    Raises:
+        RnnzooError: no space, no permission, a read-only disk, a path that is a folder, and any other OSError.
+    """
+    try:
+        yield
+    except RnnzooError:
+        raise
+    except Exception as error:
+        reason = _refusal(error)
+        if reason is None:
+            raise
+        raise RnnzooError(f"{action}: {reason}") from error
+
+
+def _refusal(error: Exception) -> str | None:
+    where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors and tokenizers write through Rust and report a full disk as text only.
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        return f"the disk is full{where}; free some space or set RNNZOO_CACHE or --out to another disk."
+    if number in (errno.EACCES, errno.EPERM) or "Permission denied" in str(error):
+        return f"no permission{where}; choose a place that you may write to (RNNZOO_CACHE for the cache)."
+    if number == errno.EROFS:
+        return f"the disk is read-only{where}; choose another place (RNNZOO_CACHE for the cache)."
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{where}."
+    return None
+
+
+def content_hash(paths: list[Path]) -> str:
+    """What identifies these files' contents, in this order: "sha256:<hex>".
+
+    Above 2 GiB in all, hashing would take longer than planning may: then the sizes and 256 evenly spaced blocks of 64 KiB
+    of each file are hashed, and the result says so: "sampled-sha256:<hex>".
+    """
+    sampled = sum(path.stat().st_size for path in paths) > FULL_HASH_BYTES
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if not sampled:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+                continue
+            digest.update(f"{path.name}:{size}".encode())
+            for i in range(SAMPLES_PER_FILE):
+                file.seek(max(0, size - SAMPLE_BYTES) * i // (SAMPLES_PER_FILE - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return ("sampled-sha256:" if sampled else "sha256:") + digest.hexdigest()
+
+
+def check_safetensors(path: Path) -> None:
+    """Reads the header of a safetensors file and compares it with the file's length; reads no tensor.
+
+    Raises:
+        RnnzooError: missing, empty, a Git LFS pointer, an unreadable header, or fewer bytes than the header promises.
+    """
+    if not path.is_file():
+        raise RnnzooError(f"The weight file {path} is missing; download the model again.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise RnnzooError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in that folder.")
+        length = int.from_bytes(start, "little")
+        try:
+            if len(start) < 8 or length > size - 8:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(length))
+            promised = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise RnnzooError(
+                f"{path} is not a readable safetensors file ({size} bytes; its header is damaged); download it again."
+            ) from error
+    if 8 + length + promised != size:
+        raise RnnzooError(
+            f"{path} is damaged: its header describes {8 + length + promised} bytes, the file has {size}; "
+            "download it again."
+        )
+
+
+def hub_reachable(timeout: float = 3.0) -> bool:
+    """Whether the Hub answers within `timeout` seconds. False under HF_HUB_OFFLINE, without asking."""
+    from huggingface_hub import constants, get_session
+
+    if constants.is_offline_mode():
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout, follow_redirects=False)
+    except Exception:  # whatever the reason, the answer is that it cannot be reached
+        return False
+    return True
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' own progress bars, which would break the converter's."""
+    from transformers.utils import logging
+
+    showed = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if showed:
+            logging.enable_progress_bar()

@@ -1,0 +1,175 @@
+"""Losses on a large vocabulary that never hold the logits of all tokens at once.
+
+    linear_cross_entropy:  -log softmax(h W^T + b)[label]  (+ z_loss * logsumexp^2)
+    linear_kl:             KL( softmax(t T^T / temperature) || softmax(s S^T / temperature) ) * temperature^2
+
+N tokens, D width, V vocabulary. Logits are formed `chunk_size` tokens at a time; the gradients are computed in the same
+pass and only scaled later, so peak memory is a few chunks of logits whatever N. Products run in the hidden states'
+dtype, the softmax in float32 (float64 for float64 inputs).
+Sources: Hinton et al. 2015 (temperature), PaLM 2022 (z loss), Wijmans et al. 2024 and Liger kernels 2024 (chunks).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import dispatch, register
+from ..errors import RnnzooError, ShapeError
+
+__all__ = ["linear_cross_entropy", "linear_kl"]
+
+
+def _chunked_cross_entropy():
+    from .chunked import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def _reference_cross_entropy():
+    from .reference import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def _chunked_kl():
+    from .chunked import linear_kl
+
+    return linear_kl
+
+
+def _reference_kl():
+    from .reference import linear_kl
+
+    return linear_kl
+
+
+register("linear_cross_entropy", "chunked", _chunked_cross_entropy, priority=10)
+register("linear_cross_entropy", "reference", _reference_cross_entropy, priority=0)
+register("linear_kl", "chunked", _chunked_kl, priority=10)
+register("linear_kl", "reference", _reference_kl, priority=0)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    chunk_size: int = 256,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy of a linear head, as torch's `cross_entropy(hidden @ weight.T + bias, labels)`.
+
+    Args:
+        hidden: (N, D). weight: (V, D). bias: (V,).
+        labels: (N,) int64; tokens with `ignore_index` count nothing.
+        z_loss: adds z_loss * logsumexp(logits)^2 to each token's loss, which keeps the logits near log-probabilities.
+        chunk_size: tokens whose logits are in memory at once.
+        reduction: "mean" over tokens that are not ignored (nan if there are none, as torch), "sum", or "none": (N,).
+    Raises:
+        ShapeError: names the argument, its shape and the expected one. RnnzooError: unknown reduction.
+    """
+    _check_head("hidden", hidden, "weight", weight)
+    if tuple(labels.shape) != (len(hidden),) or labels.dtype != torch.int64:
+        raise ShapeError(
+            f"labels is {labels.dtype} of shape {tuple(labels.shape)}; expected int64 of ({len(hidden)},)."
+        )
+    if bias is not None and tuple(bias.shape) != (len(weight),):
+        raise ShapeError(f"bias has shape {tuple(bias.shape)}; expected ({len(weight)},).")
+    _check_options(chunk_size, reduction)
+    call = {
+        "hidden": _cast(hidden),
+        "weight": weight,
+        "labels": labels,
+        "bias": bias,
+        "ignore_index": ignore_index,
+        "z_loss": z_loss,
+        "chunk_size": chunk_size,
+        "reduction": reduction,
+    }
+    return dispatch("linear_cross_entropy", call, backend)
+
+
+def linear_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+    reverse: bool = False,
+    chunk_size: int = 256,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """KL(teacher || student) between the predictions of two linear heads, in nats; gradients go to the student only.
+
+    Args:
+        student_hidden: (N, D). student_weight: (V, D). teacher_hidden: (N, Dt). teacher_weight: (V, Dt).
+        student_bias, teacher_bias: (V,).
+        weights: (N,) how much each token counts, booleans or numbers >= 0; None: 1.
+        temperature: divides the logits of both; the loss is multiplied by its square.
+        reverse: KL(student || teacher) instead.
+        chunk_size: tokens whose logits are in memory at once.
+        reduction: "mean": weighted sum / sum of weights (0 if that is 0); "sum": weighted sum; "none": its terms (N,).
+    Raises:
+        ShapeError: names the argument, its shape and the expected one. RnnzooError: unknown reduction.
+    """
+    _check_head("student_hidden", student_hidden, "student_weight", student_weight)
+    _check_head("teacher_hidden", teacher_hidden, "teacher_weight", teacher_weight)
+    tokens, vocabulary = len(student_hidden), len(student_weight)
+    if len(teacher_hidden) != tokens:
+        raise ShapeError(f"teacher_hidden has {len(teacher_hidden)} tokens; expected {tokens}, as student_hidden.")
+    if len(teacher_weight) != vocabulary:
+        raise ShapeError(f"teacher_weight has {len(teacher_weight)} rows; expected {vocabulary}, as student_weight.")
+    for name, vector, size in (
+        ("student_bias", student_bias, vocabulary),
+        ("teacher_bias", teacher_bias, vocabulary),
+        ("weights", weights, tokens),
+    ):
+        if vector is not None and tuple(vector.shape) != (size,):
+            raise ShapeError(f"{name} has shape {tuple(vector.shape)}; expected ({size},).")
+    if temperature <= 0:
+        raise RnnzooError(f"temperature is {temperature}; expected more than 0.")
+    _check_options(chunk_size, reduction)
+    call = {
+        "student_hidden": _cast(student_hidden),
+        "student_weight": student_weight,
+        "teacher_hidden": _cast(teacher_hidden),
+        "teacher_weight": teacher_weight,
+        "student_bias": student_bias,
+        "teacher_bias": teacher_bias,
+        "weights": weights,
+        "temperature": temperature,
+        "reverse": reverse,
+        "chunk_size": chunk_size,
+        "reduction": reduction,
+    }
+    return dispatch("linear_kl", call, backend)
+
+
+def _cast(hidden: Tensor) -> Tensor:
+    """Under autocast the products run in its dtype, as those of a linear layer would."""
+    device = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+
+def _check_head(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:
+    if hidden.ndim != 2:
+        raise ShapeError(f"{hidden_name} has shape {tuple(hidden.shape)}; expected (tokens, width).")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ShapeError(f"{weight_name} has shape {tuple(weight.shape)}; expected (vocabulary, {hidden.shape[1]}).")
+
+
+def _check_options(chunk_size: int, reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise RnnzooError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'.")
+    if chunk_size < 1:
+        raise RnnzooError(f"chunk_size is {chunk_size}; expected at least 1.")

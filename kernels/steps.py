@@ -1,0 +1,55 @@
+"""Which steps are there and where documents begin: what masks and packed sequences mean, once for all operations.
+
+A masked step is as if it were not there, so documents are compared over valid steps only, and the first valid step of a
+call continues the initial state whatever its id.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Documents", "document_starts", "take", "valid_first"]
+
+
+def document_starts(seq_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, T) True where the id differs from the valid step before; never at a masked step or the first valid one."""
+    if mask is None:
+        return F.pad(seq_ids[:, 1:] != seq_ids[:, :-1], (1, 0))
+    steps = torch.arange(seq_ids.shape[1], device=seq_ids.device)
+    last_valid = torch.where(mask, steps, -1).cummax(dim=1).values
+    before = F.pad(last_valid[:, :-1], (1, 0), value=-1)
+    return mask & (before >= 0) & (seq_ids.gather(1, before.clamp(min=0)) != seq_ids)
+
+
+def valid_first(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T) order that puts the valid steps first, each kind in its old order, and the order that undoes it."""
+    order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    return order, order.argsort(dim=1)
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows (B, n) of x (B, T, ...) along time."""
+    return x.gather(1, rows.view(*rows.shape, *[1] * (x.ndim - 2)).expand(*rows.shape, *x.shape[2:]))
+
+
+class Documents:
+    """The same step by step, for the reference loops."""
+
+    def __init__(self, batch: int, seq_ids: Tensor | None, mask: Tensor | None, device: torch.device):
+        self.seq_ids, self.mask = seq_ids, mask
+        self.everywhere = torch.ones(batch, dtype=torch.bool, device=device)
+        self.seen = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.last = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def step(self, t: int) -> tuple[Tensor, Tensor]:
+        """(B,) which rows are valid at step t, (B,) which of them begin a document with it."""
+        valid = self.everywhere if self.mask is None else self.mask[:, t]
+        if self.seq_ids is None:
+            return valid, torch.zeros_like(valid)
+        ids = self.seq_ids[:, t].to(torch.int64)
+        begins = valid & self.seen & (ids != self.last)
+        self.last = torch.where(valid, ids, self.last)
+        self.seen = self.seen | valid
+        return valid, begins

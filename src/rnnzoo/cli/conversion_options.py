@@ -1,0 +1,47 @@
+"""Options that `plan` and `convert` share: they describe one conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from .quantities import BYTES, COUNT
+
+__all__ = ["conversion_options"]
+
+_OPTIONS = [
+    click.argument("teacher", required=False),
+    click.option(
+        "--recipe", default="rnnzoo", show_default=True, help="Name (see `rnnzoo list`) or path of a YAML file."
+    ),
+    click.option(
+        "--keep",
+        metavar="LAYERS",
+        help="Layers that stay attention: `none`, a share such as 1/4, or numbers: 0,8,16. Default: the recipe's.",
+    ),
+    click.option(
+        "--state-budget",
+        type=BYTES,
+        metavar="SIZE",
+        help="Bytes of recurrent state in all, such as 4MB. Default: the recipe's.",
+    ),
+    click.option(
+        "--tokens", type=COUNT, metavar="N", help="Training tokens in all, such as 500k. Default: the recipe's."
+    ),
+    click.option(
+        "--seq-len",
+        type=click.IntRange(min=8),
+        metavar="N",
+        help="Tokens in a training sequence. Default: the recipe's.",
+    ),
+    click.option("--revision", help="Branch, tag or commit, where TEACHER is a Hub id."),
+]
+
+
+def conversion_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add TEACHER and the options that `plan` and `convert` share."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function

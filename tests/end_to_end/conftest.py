@@ -1,0 +1,94 @@
+"""One tiny conversion through the command line, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ..conversions.tiny import tiny_teacher
+
+NOUNS = "river mountain teacher garden window letter engine winter harbour painter forest market".split()
+VERBS = "follows crosses remembers builds paints carries opens watches answers leaves".split()
+ADJECTIVES = "quiet old narrow bright heavy distant early careful green broken".split()
+
+
+def write_documents(path: Path, count: int, seed: int = 0) -> Path:
+    """`count` different small documents of made-up sentences, one a JSON line."""
+    import json
+
+    draw = random.Random(seed)
+
+    def sentence() -> str:
+        return (
+            f"The {draw.choice(ADJECTIVES)} {draw.choice(NOUNS)} {draw.choice(VERBS)} the {draw.choice(ADJECTIVES)} "
+            f"{draw.choice(NOUNS)} in the {draw.choice(NOUNS)} number {draw.randrange(10**6)}."
+        )
+
+    lines = [json.dumps({"text": " ".join(sentence() for _ in range(draw.randrange(4, 12)))}) for _ in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A tiny teacher, its data, and the environment in which commands run: no network, an empty cache, one thread."""
+
+    teacher: Path
+    data: Path
+    environment: dict[str, str]
+
+    def rnnzoo(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(self.command(*arguments), capture_output=True, text=True, env=self.environment)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "rnnzoo_command", *arguments]
+
+    def python(self, script: str, *arguments: str) -> str:
+        """Run a script in a fresh process; returns its stdout."""
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=self.environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def convert(self, out: Path, *options: str, recipe: str = "rnnzoo") -> list[str]:
+        """The arguments of a conversion of seconds."""
+        small = ("--tokens", "4k", "--seq-len", "128", "--state-budget", "12kB", "--dtype", "float32")
+        if recipe != "rnnzoo":
+            small = ("--tokens", "4k", "--seq-len", "128", "--dtype", "float32")
+        return [
+            "convert",
+            str(self.teacher),
+            "--recipe",
+            recipe,
+            "--out",
+            str(out),
+            "--data",
+            str(self.data),
+            *small,
+            *options,
+        ]
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    folder = tmp_path_factory.mktemp("workshop")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RNNZOO_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment.pop("RNNZOO_DEBUG", None)
+    environment.pop("RNNZOO_NO_REGISTER", None)
+    return Workshop(tiny_teacher("llama", folder), write_documents(folder / "text.jsonl", 400), environment)
+
+
+@pytest.fixture(scope="session")
+def converted(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `rnnzoo convert` made, without evaluation."""
+    out = tmp_path_factory.mktemp("converted") / "student"
+    workshop.rnnzoo(*workshop.convert(out, "--no-evaluate", "--quiet"))
+    return out

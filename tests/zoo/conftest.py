@@ -1,0 +1,49 @@
+"""Tiny models of every registered mixer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rnnzoo.zoo.core.configuration import RecurrentConfig
+from rnnzoo.zoo.core.modeling import RecurrentForCausalLM
+from rnnzoo.zoo.core.registry import known_mixers
+
+# Sizes at which a mixer's machinery (windows, groups, limits) is at work within a dozen tokens.
+TINY = {
+    "sliding_attention": {"sliding_window": 4},
+    "mamba2": {"ssm_state_size": 6, "ssm_num_heads": 4, "ssm_groups": 2, "ssm_conv_kernel": 3, "intermediate_size": 0},
+}
+HYBRID = ("mamba2", "full_attention", "supra", "sliding_attention")
+STACKS = [(name, name) for name in known_mixers()] + [HYBRID]
+
+
+def tiny_config(stack: tuple[str, ...], heads: int = 4, kv_heads: int = 2, **overrides) -> RecurrentConfig:
+    """A model whose layers are `stack`, head width 8."""
+    fields = {"intermediate_size": 24, "sliding_window": 4}
+    for name in stack:
+        fields |= {k: v for k, v in TINY.get(name, {}).items() if k != "intermediate_size" or len(set(stack)) == 1}
+    sizes = {"vocab_size": 61, "hidden_size": 8 * heads, "num_hidden_layers": len(stack), "layer_types": list(stack)}
+    heads_of = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 8}
+    return RecurrentConfig(**(sizes | heads_of | {"initializer_range": 0.2} | fields | overrides))
+
+
+def tiny_model(stack: tuple[str, ...], dtype: torch.dtype = torch.float64, seed: int = 0, **overrides):
+    """A random causal language model, in eval mode."""
+    torch.manual_seed(seed)
+    return RecurrentForCausalLM(tiny_config(stack, **overrides)).to(dtype).eval()
+
+
+@pytest.fixture(params=STACKS, ids=lambda stack: "+".join(dict.fromkeys(stack)))
+def stack(request) -> tuple[str, ...]:
+    return request.param
+
+
+@pytest.fixture
+def make_model():
+    return tiny_model
+
+
+@pytest.fixture
+def make_config():
+    return tiny_config

@@ -1,0 +1,1 @@
+"""What every architecture shares: configuration, block, model, cache, attention layers, registry."""

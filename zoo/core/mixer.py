@@ -1,0 +1,132 @@
+"""The contract of a mixer: `forward(hidden, state, ctx) -> (hidden, state)`, and what it is given.
+
+B batch, T time, D hidden_size, H query heads, Hk key/value heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.errors import RnnzooError
+from .configuration import RecurrentConfig
+from .rotary import Rotary
+
+__all__ = ["AttentionWeights", "Context", "Mixer", "MixerState"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionWeights:
+    """A teacher's attention layer. Matrices in nn.Linear's layout, (out, in); heads contiguous, not interleaved."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclasses.dataclass
+class Context:
+    """What a mixer knows about the tokens of a call, besides their hidden states.
+
+    Attributes:
+        mask: (B, T) bool, False = not a token: leave the state alone. None: all are tokens.
+        seq_ids: (B, T) integers; a new document starts where the id differs from the step before. None: one document.
+        positions: (B, T) or (1, T) int64, tokens of the same document before this one, over the whole cache.
+        rotary: rotates by positions.
+        memo: scratch for one call of the model, for values that layers of one kind share (attention masks).
+    """
+
+    mask: Tensor | None
+    seq_ids: Tensor | None
+    positions: Tensor
+    rotary: Rotary
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+
+@dataclasses.dataclass
+class MixerState:
+    """Base of the states: dataclasses of tensors, batch first, whose all-zero value means 'nothing seen yet'.
+
+    Fields may also be None, other states, or dataclasses of the kernels (tensors inside are found).
+    """
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> MixerState:
+        """A copy with `fn` applied to every tensor."""
+        return _map(self, fn)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor inside."""
+        found: list[Tensor] = []
+        _map(self, lambda tensor: found.append(tensor) or tensor)
+        return found
+
+    def reorder(self, beam_idx: Tensor) -> MixerState:
+        """Rows `beam_idx` (int64, any number of them) of the batch."""
+        return self.map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def reset_rows(self, rows: Tensor) -> MixerState:
+        """The state with the batch rows where `rows` (B,) is True as if nothing had been seen."""
+        return self.map(
+            lambda tensor: tensor.masked_fill(rows.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0)
+        )
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+
+def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return fn(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {f.name: _map(getattr(value, f.name), fn) for f in dataclasses.fields(value) if f.init}
+        return dataclasses.replace(value, **changed)
+    return value
+
+
+class Mixer(nn.Module):
+    """Mixes tokens along time. Knows nothing of caches, generation and padding beyond its `Context`."""
+
+    layer_type: str = ""
+
+    def __init__(self, config: RecurrentConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
+        """The state before the first token. `dtype` is that of the hidden states."""
+        raise NotImplementedError
+
+    def forward(self, hidden: Tensor, state: MixerState | None, ctx: Context) -> tuple[Tensor, MixerState | None]:
+        """Mixes hidden (B, T, D). A state comes back where one was given; None starts from nothing and returns None."""
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Fresh values for parameters that are not plain linear or norm layers.
+
+        Runs after the core has initialised these. Must use `transformers.initialization`, which leaves alone what a
+        checkpoint has just filled.
+        """
+
+    def init_from_attention(self, weights: AttentionWeights) -> None:
+        """Starts this mixer from a teacher's attention layer.
+
+        Raises:
+            RnnzooError: this mixer has no such start, or the sizes do not fit.
+        """
+        raise RnnzooError(f"A '{self.layer_type}' layer cannot be started from an attention layer.")

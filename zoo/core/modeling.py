@@ -1,0 +1,376 @@
+"""The generic model: embedding, blocks (norm, mixer, norm, MLP), final norm; language-model and classification heads.
+
+B batch, T tokens of the call, D hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+
+from ...kernels.errors import RnnzooError, ShapeError
+from ...kernels.losses import linear_cross_entropy
+from . import attention as _attention  # noqa: F401  registers the layer types of hybrids
+from .cache import RecurrentCache
+from .configuration import RecurrentConfig
+from .documents import Layout, documents_from_lengths, documents_from_positions, lay_out, padding_mask
+from .layers import MLP, make_norm
+from .mixer import Context, Mixer, MixerState
+from .registry import mixer_class
+from .rotary import Rotary, RotaryFrequencies
+
+__all__ = [
+    "RecurrentBlock",
+    "RecurrentForCausalLM",
+    "RecurrentForSequenceClassification",
+    "RecurrentModel",
+    "RecurrentPreTrainedModel",
+]
+
+
+class RecurrentBlock(GradientCheckpointingLayer):
+    """norm, mixer, residual; norm, MLP, residual (no second half where intermediate_size is 0)."""
+
+    def __init__(self, config: RecurrentConfig, layer_idx: int):
+        super().__init__()
+        self.parallel_residual = config.parallel_residual
+        self.input_layernorm = make_norm(config)
+        self.mixer = mixer_class(config.layer_types[layer_idx])(config, layer_idx)
+        has_mlp = config.intermediate_size > 0
+        self.post_attention_layernorm = make_norm(config) if has_mlp else None
+        self.mlp = MLP(config) if has_mlp else None
+
+    def forward(self, hidden: Tensor, state: MixerState | None, ctx: Context) -> tuple[Tensor, MixerState | None]:
+        mixed, state = self.mixer(self.input_layernorm(hidden), state, ctx)
+        if self.mlp is None:
+            return hidden + mixed, state
+        if self.parallel_residual:
+            return self.mlp(self.post_attention_layernorm(hidden)) + mixed + hidden, state
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), state
+
+
+class RecurrentPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config: RecurrentConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RecurrentBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    # Read by generate() only to refuse assisted decoding, which our cache can do: it rolls back.
+    _is_stateful = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Mixer):
+            module.init_weights()
+
+
+class RecurrentModel(RecurrentPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([RecurrentBlock(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = make_norm(config)
+        self.rotary = RotaryFrequencies(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def context(self, mask: Tensor | None, layout: Layout) -> Context:
+        """What the mixers are told about a call."""
+        return Context(mask, layout.seq_ids, layout.positions, Rotary(self.rotary, layout.positions))
+
+    def make_context(
+        self, batch: int, time: int, device: torch.device, mask: Tensor | None = None, seq_ids: Tensor | None = None
+    ) -> Context:
+        """The context of a call without a cache, for running single layers (alignment, tests)."""
+        return self.context(mask, lay_out(None, mask, seq_ids, False, (batch, time), device))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cache_params: RecurrentCache | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a call.
+
+        Args:
+            input_ids: (B, T), or inputs_embeds (B, T, D).
+            attention_mask: (B, T) or (B, past + T), 0 or False for padding, which may stand anywhere.
+            position_ids: (B, T); used only to find packed documents, whose positions start again at 0. The model counts
+                positions itself, padding excluded.
+            past_key_values: continued, and updated in place. `cache_params` is another name for it.
+            use_cache: return a cache; by default `config.use_cache`, and off in training.
+            seq_ids: (B, T) integers, packed documents; `seq_idx` and, for one row, `cu_seq_lens_q` say the same. With a
+                cache, a first id that differs from the last call's starts a new document.
+            output_hidden_states: return the input of every block and the final, normed, hidden state.
+
+        Raises:
+            ShapeError, RnnzooError: arguments that do not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise RnnzooError("Give either input_ids or inputs_embeds.")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        shape, device = (hidden.shape[0], hidden.shape[1]), hidden.device
+        mask = padding_mask(attention_mask, *shape)
+        ids = seq_ids if seq_ids is not None else seq_idx
+        named = ids is not None
+        if ids is not None and tuple(ids.shape) != shape:
+            raise ShapeError(f"seq_ids has shape {tuple(ids.shape)}, expected {shape}: one document id per token.")
+        if ids is None and cu_seq_lens_q is not None and shape[0] == 1:
+            ids = documents_from_lengths(cu_seq_lens_q, shape[1])
+        if ids is None:
+            ids = documents_from_positions(position_ids, mask, *shape)
+
+        cache = self._cache(past_key_values if past_key_values is not None else cache_params, use_cache)
+        if cache is None:
+            layout = lay_out(None, mask, ids, named, shape, device)
+        else:
+            cache.begin_recording(self, mask, ids, named, shape)
+            layout = cache.advance(mask, ids, named, shape, device)
+        ctx = self.context(mask, layout)
+
+        collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        all_hidden = []
+        for i, layer in enumerate(self.layers):
+            all_hidden += [hidden] if collect else []
+            if cache is None:
+                hidden, _ = layer(hidden, None, ctx)
+            else:
+                cache.record(hidden)
+                hidden, cache.states[i] = layer(hidden, self._state(cache, i, hidden), ctx)
+        if cache is not None:
+            cache.end_recording()
+        hidden = self.norm(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=(*all_hidden, hidden) if collect else None,
+        )
+
+    def _cache(self, given: RecurrentCache | None, use_cache: bool | None) -> RecurrentCache | None:
+        if given is not None:
+            if not isinstance(given, RecurrentCache):
+                raise RnnzooError(
+                    f"past_key_values is a {type(given).__name__}, but recurrent models keep their state in a "
+                    "RecurrentCache; leave it out, or pass rnnzoo.zoo.RecurrentCache(model.config)."
+                )
+            return given
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        return RecurrentCache(self.config) if use_cache else None
+
+    def _state(self, cache: RecurrentCache, layer_idx: int, hidden: Tensor) -> MixerState:
+        state = cache.states[layer_idx]
+        if state is None:
+            state = self.layers[layer_idx].mixer.init_state(hidden.shape[0], hidden.device, hidden.dtype)
+        return state
+
+    def replay(
+        self, inputs: list[Tensor], cache: RecurrentCache, mask: Tensor | None, ids: Tensor | None, named: bool
+    ) -> None:
+        """Runs only the mixers over recorded block inputs, to bring a cache from a checkpoint to a later state."""
+        shape = (inputs[0].shape[0], inputs[0].shape[1])
+        ctx = self.context(mask, cache.advance(mask, ids, named, shape, inputs[0].device))
+        for i, (layer, hidden) in enumerate(zip(self.layers, inputs, strict=True)):
+            _, cache.states[i] = layer.mixer(layer.input_layernorm(hidden), self._state(cache, i, hidden), ctx)
+
+
+class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__(config)
+        self.model = RecurrentModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cache_params: RecurrentCache | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits and, with labels, the loss.
+
+        Arguments as for `RecurrentModel.forward`, and:
+            labels: (B, T), -100 where nothing is to be predicted; shifted inside.
+            logits_to_keep: as in transformers: the last n positions, or indices.
+
+        In training with labels and `config.fused_loss`, the loss is computed chunk by chunk and `logits` is None.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_ids=seq_ids,
+            seq_idx=seq_idx,
+            cache_params=cache_params,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None and self._may_fuse(logits_to_keep):
+            loss = self._fused_loss(hidden, labels, **kwargs)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _may_fuse(self, logits_to_keep: int | Tensor) -> bool:
+        # An adapter or a hook on the head, or a loss of the user's own, must not be passed by.
+        plain_head = type(self.lm_head) is nn.Linear and not self.lm_head._forward_hooks
+        everything = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        own_loss = getattr(self, "_loss_function", None) is not None
+        return self.training and self.config.fused_loss and plain_head and everything and not own_loss
+
+    def _fused_loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.lm_head.weight,
+            shift_labels.reshape(-1).to(hidden.device),
+            bias=self.lm_head.bias,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+        if torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
+        """generate() would make a cache by the class's name; ours is always a RecurrentCache under one name."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise RnnzooError(
+                f"cache_implementation='{generation_config.cache_implementation}' does not apply: recurrent models "
+                "have a cache of their own, of constant size. Leave the argument out."
+            )
+        given = model_kwargs.pop("cache_params", None)
+        if model_kwargs.get("past_key_values") is None and given is not None:
+            model_kwargs["past_key_values"] = given
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"]._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = RecurrentCache(self.config)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+
+
+class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
+    """The decoder with a linear classifier on the last token of each row."""
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RecurrentModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Class logits (B, num_labels), and the loss for labels (B,) or (B, num_labels).
+
+        The last token is found from `attention_mask` or else from `config.pad_token_id`; padding may be on either side.
+
+        Raises:
+            RnnzooError: several rows and no way to tell padding.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        last = self._last_token(hidden, input_ids, attention_mask)
+        pooled = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=pooled, labels=labels, pooled_logits=pooled, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss, logits=pooled, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _last_token(self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | int:
+        batch, time = hidden.shape[:2]
+        if attention_mask is not None:
+            token = attention_mask[:, -time:].bool()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            token = input_ids != self.config.pad_token_id
+        elif batch == 1:
+            return -1
+        else:
+            raise RnnzooError(
+                "Classifying several rows needs an attention_mask, or config.pad_token_id with input_ids, to tell "
+                "padding from tokens."
+            )
+        return (torch.arange(time, device=hidden.device) * token.to(hidden.device)).argmax(-1)

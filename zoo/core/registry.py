@@ -1,0 +1,90 @@
+"""Which mixers exist. An architecture is a folder of the zoo: `zoo/<name>/{configuration,modeling}_<name>.py`.
+
+Nothing is listed by hand: a folder with a `modeling_<name>.py` is an architecture, its mixer registers itself under
+`<name>` when the file is imported, and its configuration class registers itself when it is defined.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pathlib
+from typing import TYPE_CHECKING, TypeVar
+
+from ...kernels.errors import RnnzooError
+
+if TYPE_CHECKING:
+    from .configuration import RecurrentConfig
+    from .mixer import Mixer
+
+__all__ = [
+    "ATTENTION_TYPES",
+    "MIXERS",
+    "architectures",
+    "config_class",
+    "known_mixers",
+    "mixer_class",
+    "register_mixer",
+]
+
+ATTENTION_TYPES = ("full_attention", "sliding_attention")
+"""Layer types that the core itself provides, for hybrids."""
+
+MIXERS: dict[str, type[Mixer]] = {}
+"""Mixers imported so far, by layer type. Use `mixer_class`, which imports on demand."""
+
+CONFIGS: dict[str, type[RecurrentConfig]] = {}
+"""Configuration classes imported so far, by the name of their mixer. Use `config_class`, which imports on demand."""
+
+M = TypeVar("M", bound="type[Mixer]")
+
+
+def register_mixer(name: str):
+    """Class decorator: makes a `Mixer` available as layer type `name`.
+
+    Not "mamba" nor "attention": transformers rewrites these two in `layer_types`.
+    """
+
+    def register(cls: M) -> M:
+        cls.layer_type = name
+        MIXERS[name] = cls
+        return cls
+
+    return register
+
+
+@functools.cache
+def architectures() -> tuple[str, ...]:
+    """Names of the architecture folders of the zoo, sorted."""
+    zoo = pathlib.Path(__file__).resolve().parent.parent
+    return tuple(sorted(p.parent.name for p in zoo.glob("*/modeling_*.py") if p.stem == f"modeling_{p.parent.name}"))
+
+
+def known_mixers() -> tuple[str, ...]:
+    """Every name that may stand in `config.layer_types`, sorted."""
+    return tuple(sorted({*ATTENTION_TYPES, *architectures(), *MIXERS}))
+
+
+def _import(name: str, what: str) -> None:
+    if name in architectures():
+        importlib.import_module(f"...{name}.{what}_{name}", __name__)
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The mixer of a layer type, imported now if need be.
+
+    Raises:
+        RnnzooError: no mixer of that name.
+    """
+    if name not in MIXERS:
+        _import(name, "modeling")
+    if name not in MIXERS:
+        raise RnnzooError(f"'{name}' is not a layer type; known are {', '.join(known_mixers())}.")
+    return MIXERS[name]
+
+
+def config_class(name: str) -> type[RecurrentConfig] | None:
+    """The configuration class that declares a mixer's own fields; None for the core's attention layers."""
+    if name not in CONFIGS:
+        _import(name, "configuration")
+    return CONFIGS.get(name)

@@ -1,0 +1,205 @@
+"""Mamba-2, in the parameterisation of its authors' state-spaces code.
+
+    [z | x | B | C | dt] = in_proj(hidden)
+    x, B, C = silu(causal depthwise convolution of each channel)
+    dt  = softplus(dt + dt_bias), bounded;  A = -exp(A_log)                    one number per head
+    S_t = exp(dt A) S_{t-1} + B_t^T (dt x_t);  y_t = C_t S_t + D x_t           S in R^{N x P} per head
+    out = out_proj(norm(y * silu(z)))                                          RMS per group of heads
+
+so it is gated linear attention with q = C, k = B, v = dt x and log decay dt A.
+
+B batch, T time, H heads, P channels of a head, G groups (B and C are shared in a group), N state size.
+Sources: Dao and Gu 2024, "Transformers are SSMs"; as a student of attention (x <- v, B <- k, C <- q, no rotation):
+Wang et al. 2024, "The Mamba in the Llama".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ...kernels.errors import ShapeError
+from ...kernels.gated_linear_attention import gated_linear_attention
+from ...kernels.short_conv import short_conv
+from ..core.layers import RMSNorm
+from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
+from ..core.modeling import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from ..core.registry import register_mixer
+from .configuration_mamba2 import Mamba2Config
+
+__all__ = ["GatedRMSNorm", "Mamba2ForCausalLM", "Mamba2ForSequenceClassification", "Mamba2Mixer", "Mamba2Model"]
+
+
+class GatedRMSNorm(nn.Module):
+    """RMS norm per group of `group_width` channels, and the gate silu(z) before or after it."""
+
+    def __init__(self, width: int, group_width: int, eps: float, norm_before_gate: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.group_width, self.eps, self.norm_before_gate = group_width, eps, norm_before_gate
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        wide = torch.promote_types(y.dtype, torch.float32)
+        value, gate = y.to(wide), F.silu(z.to(wide))
+        if not self.norm_before_gate:
+            value = value * gate
+        grouped = value.unflatten(-1, (-1, self.group_width))
+        value = (grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
+        if self.norm_before_gate:
+            return (self.weight * value * gate).to(y.dtype)
+        return self.weight * value.to(y.dtype)
+
+
+@dataclasses.dataclass
+class Mamba2State(MixerState):
+    """conv: (B, channels of x, B and C, taps - 1), the last inputs. s: (B, H, N, P), float32 or float64."""
+
+    conv: Tensor
+    s: Tensor
+
+
+@register_mixer("mamba2")
+class Mamba2Mixer(Mixer):
+    """The equations at the head of this file."""
+
+    def __init__(self, config: Mamba2Config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.heads, self.head_dim, self.state_size = config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size
+        self.x_heads = config.ssm_kv_heads or self.heads
+        self.b_groups = config.ssm_kv_heads or config.ssm_groups
+        self.c_groups = config.ssm_groups
+        inner = self.heads * self.head_dim
+        self.conv_widths = [
+            self.x_heads * self.head_dim,
+            self.b_groups * self.state_size,
+            self.c_groups * self.state_size,
+        ]
+        channels, taps = sum(self.conv_widths), config.ssm_conv_kernel
+        self.in_proj = nn.Linear(config.hidden_size, inner + channels + self.heads, bias=config.attention_bias)
+        # Only its parameters are used: the kernel knows about states, documents and padding.
+        self.conv1d = nn.Conv1d(channels, channels, taps, groups=channels, bias=config.ssm_conv_bias)
+        self.dt_bias = nn.Parameter(torch.zeros(self.heads))
+        self.A_log = nn.Parameter(torch.zeros(self.heads))
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = GatedRMSNorm(inner, inner // self.c_groups, config.rms_norm_eps, config.ssm_norm_before_gate)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_output_bias)
+        self.b_norm = RMSNorm(self.state_size, config.rms_norm_eps) if config.qk_norm else None
+        self.c_norm = RMSNorm(self.state_size, config.rms_norm_eps) if config.qk_norm else None
+
+    def init_weights(self) -> None:
+        config, device = self.config, self.A_log.device
+        init.copy_(self.A_log, torch.empty(self.heads, device=device).uniform_(1, 16).log())
+        low, high = math.log(config.ssm_time_step_min), math.log(config.ssm_time_step_max)
+        dt = torch.empty(self.heads, device=device).uniform_(low, high).exp().clamp(min=config.ssm_time_step_floor)
+        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        init.ones_(self.D)
+        bound = config.ssm_conv_kernel**-0.5
+        init.uniform_(self.conv1d.weight, -bound, bound)
+        if self.conv1d.bias is not None:
+            init.uniform_(self.conv1d.bias, -bound, bound)
+
+    @torch.no_grad()
+    def init_from_attention(self, weights: AttentionWeights) -> None:
+        """x <- v, B <- k, C <- q, out_proj <- o, with biases and norms; z, dt, A, D and the convolution stay.
+
+        Raises:
+            ShapeError: the sizes are not those of `Mamba2Config.student_fields`, or a bias or norm has no place.
+        """
+        rows = [self.heads * self.head_dim, *self.conv_widths, self.heads]
+        _, x, b, c, _ = self.in_proj.weight.split(rows)
+        for target, name, ours in ((x, "v", "x"), (b, "k", "B"), (c, "q", "C")):
+            _put(target, getattr(weights, name), name, ours)
+        _put(self.out_proj.weight, weights.o, "o", "out_proj")
+        biases = [None] * 5 if self.in_proj.bias is None else self.in_proj.bias.split(rows)
+        for ours, name in zip(biases[1:4], "vkq", strict=True):
+            _put(ours, getattr(weights, f"{name}_bias"), f"{name} bias", "in_proj.bias", fill=0.0)
+        _put(self.out_proj.bias, weights.o_bias, "o bias", "out_proj.bias", fill=0.0)
+        for norm, name in ((self.b_norm, "k_norm"), (self.c_norm, "q_norm")):
+            _put(None if norm is None else norm.weight, getattr(weights, name), name, "B/C norm", fill=1.0)
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Mamba2State:
+        conv = torch.zeros(batch, sum(self.conv_widths), self.config.ssm_conv_kernel - 1, device=device, dtype=dtype)
+        shape = (batch, self.heads, self.state_size, self.head_dim)
+        return Mamba2State(conv, torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32)))
+
+    def forward(self, hidden: Tensor, state: Mamba2State | None, ctx: Context):
+        z, xbc, dt = self.in_proj(hidden).split([self.heads * self.head_dim, sum(self.conv_widths), self.heads], -1)
+        if self.b_norm is not None:
+            xbc = self._norm_bc(xbc)
+        xbc, conv = short_conv(
+            xbc,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            initial_state=None if state is None else state.conv,
+            seq_ids=ctx.seq_ids,
+            mask=ctx.mask,
+        )
+        x, b, c = xbc.split(self.conv_widths, -1)
+        x = self._to_heads(x, self.x_heads)
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        if self.config.ssm_time_step_limit is not None:
+            dt = dt.clamp(*self.config.ssm_time_step_limit)
+        dt = dt[..., None]  # (B, T, H, 1)
+        y, s = gated_linear_attention(
+            self._to_heads(c, self.c_groups),
+            self._to_heads(b, self.b_groups),
+            (x * dt).to(x.dtype),
+            -dt * self.A_log.to(wide).exp()[:, None],
+            scale=1.0,
+            initial_state=None if state is None else state.s,
+            seq_ids=ctx.seq_ids,
+            mask=ctx.mask,
+        )
+        y = (y + x * self.D.to(x.dtype)[:, None]).flatten(-2)
+        return self.out_proj(self.norm(y, z)), None if state is None else Mamba2State(conv, s)
+
+    def _to_heads(self, x: Tensor, parts: int) -> Tensor:
+        """(B, T, parts * width) -> (B, T, H, width), every part repeated for the heads that share it."""
+        x = x.unflatten(-1, (parts, -1))
+        return x if parts == self.heads else x.repeat_interleave(self.heads // parts, -2)
+
+    def _norm_bc(self, xbc: Tensor) -> Tensor:
+        x, b, c = xbc.split(self.conv_widths, -1)
+        b = self.b_norm(b.unflatten(-1, (self.b_groups, -1))).flatten(-2)
+        c = self.c_norm(c.unflatten(-1, (self.c_groups, -1))).flatten(-2)
+        return torch.cat([x, b, c], -1)
+
+
+def _put(target: Tensor | None, source: Tensor | None, source_name: str, name: str, fill: float | None = None) -> None:
+    """Copies a teacher's tensor into (a view of) ours; what the teacher lacks is filled with the neutral value."""
+    if source is None:
+        if target is not None and fill is not None:
+            target.fill_(fill)
+        return
+    if target is None or target.shape != source.shape:
+        shape = None if target is None else tuple(target.shape)
+        raise ShapeError(
+            f"The teacher's {source_name} has shape {tuple(source.shape)}, but {name} of this layer is {shape}; "
+            "take the sizes from Mamba2Config.student_fields and the biases and norms from the teacher."
+        )
+    target.copy_(source)
+
+
+class Mamba2Model(RecurrentModel):
+    """Mamba-2 without a head."""
+
+    config_class = Mamba2Config
+
+
+class Mamba2ForCausalLM(RecurrentForCausalLM):
+    """Mamba-2 with a language-model head."""
+
+    config_class = Mamba2Config
+
+
+class Mamba2ForSequenceClassification(RecurrentForSequenceClassification):
+    """Mamba-2 with a classifier on the last token."""
+
+    config_class = Mamba2Config

@@ -1,0 +1,1 @@
+"""SUPRA: linear attention that a Transformer is up-trained into."""

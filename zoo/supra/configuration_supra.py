@@ -1,0 +1,17 @@
+"""Configuration of SUPRA."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+
+from ..core.configuration import RecurrentConfig
+
+__all__ = ["SupraConfig"]
+
+
+@strict
+class SupraConfig(RecurrentConfig):
+    """Nothing beyond `RecurrentConfig`: SUPRA has no sizes of its own."""
+
+    model_type = "rnnzoo-supra"
+    mixer = "supra"
