@@ -89,6 +89,13 @@ class _Conversation:
         return token
 
 
+def _drawn(logits: Tensor, generator: torch.Generator) -> list[int]:
+    """One draw from the softmax of each row of (B, V) by its running sum: torch.multinomial draws V numbers a row."""
+    running = torch.softmax(logits, dim=-1).cumsum(dim=-1)
+    level = torch.rand(len(logits), 1, generator=generator, device=logits.device) * running[:, -1:]
+    return torch.searchsorted(running, level, right=True).clamp(max=logits.shape[-1] - 1).squeeze(1).tolist()
+
+
 @torch.no_grad()
 def sample_from_teacher(
     model: Any,
@@ -96,7 +103,7 @@ def sample_from_teacher(
     num_tokens: int,
     *,
     seed: int = 0,
-    batch_size: int = 24,
+    batch_size: int = 32,
     max_new_tokens: int = 1024,
     temperature: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
@@ -131,8 +138,7 @@ def sample_from_teacher(
                 break
             ids = torch.tensor(current, device=model.device).unsqueeze(1)
             logits = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].float()
-            chances = torch.softmax(logits / temperature, dim=-1)
-            sampled = torch.multinomial(chances, 1, generator=generator).squeeze(1).tolist()
+            sampled = _drawn(logits / temperature, generator)
             if progress is not None and step % 16 == 0:
                 progress((batch * length + step) * slots, total)
         texts += [tokenizer.decode(c.tokens, skip_special_tokens=False) for c in conversations]

@@ -73,3 +73,11 @@ class Rotary:
         first, second = turned.chunk(2, -1)
         turned = turned * cos + torch.cat([-second, first], -1) * sin
         return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The inverse of `rotate`."""
+        _, factor = self.frequencies.get(positions)
+        turned = self.rotate(x, -positions)
+        width = self.cos_sin(positions, x.dtype)[0].shape[-1]
+        # cos and sin carry the factor in both directions.
+        return torch.cat([turned[..., :width] / factor**2, turned[..., width:]], -1)

@@ -1,0 +1,1 @@
+"""Hedgehog: an exact window and sinks beside a linear state, under one denominator."""

@@ -1,0 +1,51 @@
+"""Configuration of Hedgehog layers."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+
+from ..core.configuration import RecurrentConfig
+
+__all__ = ["HedgehogConfig"]
+
+
+@strict
+class HedgehogConfig(RecurrentConfig):
+    """Fields of window + linear attention.
+
+    Args:
+        window_size: tokens in the exact window of every kv head, the current one included.
+        window_sizes: per layer, one window for each kv head; overrides `window_size`. Layers of other types: [].
+        num_sinks: first tokens of a document that stay exact for ever.
+        sink_distance: farthest distance at which a sink is seen, so that no rotation beyond the trained positions
+            occurs; None: `max_position_embeddings`.
+        feature_map: "softmax": phi(x) = [softmax(xW), softmax(-xW)] of the rotated heads (Hedgehog, LoLCATs);
+            "prototype": phi(k) = exp(k C), phi(q) = softmax(qU + b) * exp(a) of the heads before rotation.
+        feature_width: width of phi, 0 for no linear state; None: 2 * head_dim.
+    """
+
+    model_type = "rnnzoo-hedgehog"
+    mixer = "hedgehog"
+
+    window_size: int = 64
+    window_sizes: list[list[int]] | None = None
+    num_sinks: int = 4
+    sink_distance: int | None = None
+    feature_map: str = "softmax"
+    feature_width: int | None = None
+
+    @staticmethod
+    def derive(config: RecurrentConfig) -> None:
+        if config.feature_width is None:
+            config.feature_width = 2 * config.head_dim
+        if config.sink_distance is None:
+            config.sink_distance = config.max_position_embeddings
+        if config.feature_map not in ("softmax", "prototype"):
+            raise ValueError(f"feature_map must be 'softmax' or 'prototype', got {config.feature_map!r}.")
+        if config.feature_map == "softmax" and config.feature_width % 2:
+            raise ValueError(f"feature_width must be even for softmax features, got {config.feature_width}.")
+        if config.window_sizes is not None and len(config.window_sizes) != config.num_hidden_layers:
+            raise ValueError(
+                f"window_sizes has {len(config.window_sizes)} entries, but num_hidden_layers is "
+                f"{config.num_hidden_layers}."
+            )

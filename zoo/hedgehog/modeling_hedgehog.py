@@ -1,0 +1,182 @@
+"""Hedgehog: softmax attention over a window and the first tokens, a linear state for all the rest.
+
+    o_t = (sum_{j in window or sinks} e^{s_tj} v_j + phi(q_t) S_t) / (sum_{j in window or sinks} e^{s_tj} + phi(q_t) z_t)
+    [S_t, z_t] = e^g [S_{t-1}, z_{t-1}] + phi(k_{t-w})^T [v_{t-w}, 1]        w the window of the kv head, g <= 0 learned
+
+Two feature maps. "softmax", on rotated heads: phi(x) = [softmax(xW), softmax(-xW)], weights relative to the window's
+largest, and a learned factor on the window (Hedgehog, Zhang et al. 2024; LoLCATs, Zhang et al. 2024). "prototype", on
+heads before rotation, weights in the window's own units: row f of the state is what softmax attention would have summed
+for one prototype query c_f, phi(k)_f = exp(k c_f), and a query mixes the prototypes, phi(q) = softmax(qU + b) e^a.
+
+Without rotation the linear part does not know positions, so it holds at any length; sinks are seen from at most
+`sink_distance` tokens away (StreamingLLM, Xiao et al. 2024, keeps positions inside its cache for the same reason).
+
+B batch, T time, D hidden_size, H query heads, Hk kv heads, d head_dim, F feature_width, R ring rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ...kernels.gated_linear_attention import Window, WindowState, gated_linear_attention, ring_positions
+from ..core.attention import AttentionProjections
+from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
+from ..core.modeling import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from ..core.registry import register_mixer
+from .configuration_hedgehog import HedgehogConfig
+
+__all__ = ["HedgehogForCausalLM", "HedgehogForSequenceClassification", "HedgehogMixer", "HedgehogModel"]
+
+# exp of it is the largest feature: keeps a sum over a million tokens inside float32.
+LARGEST_LOGIT = 20.0
+
+
+@dataclasses.dataclass
+class HedgehogState(MixerState):
+    """The kernel's state: linear state, rings of the last tokens, sinks, and the count of tokens."""
+
+    window: WindowState
+
+
+@register_mixer("hedgehog")
+class HedgehogMixer(Mixer):
+    """The equations at the head of this file, between the teacher's projections."""
+
+    def __init__(self, config: HedgehogConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.proj = AttentionProjections(config)
+        heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        sizes = config.window_sizes[layer_idx] if config.window_sizes else [config.window_size] * kv_heads
+        self.lengths = tuple(sizes)
+        self.features = config.feature_width
+        self.prototypes = config.feature_map == "prototype"
+        columns = self.features if self.prototypes else self.features // 2
+        self.query_map = nn.Parameter(torch.empty(heads, width, columns))
+        self.key_map = nn.Parameter(torch.empty(kv_heads, width, columns))
+        self.log_decay = nn.Parameter(torch.empty(kv_heads))
+        if self.prototypes:
+            self.query_bias = nn.Parameter(torch.empty(heads, columns))
+            self.log_scale = nn.Parameter(torch.empty(heads))
+        else:
+            self.log_factor = nn.Parameter(torch.empty(heads))
+
+    def init_weights(self) -> None:
+        if self.prototypes:
+            # Small prototypes: the linear part starts as an average of what left the window.
+            init.normal_(self.query_map, std=self.config.head_dim**-0.5)
+            init.normal_(self.key_map, std=self.config.head_dim**-1.0)
+            init.zeros_(self.query_bias)
+            init.zeros_(self.log_scale)
+        else:
+            columns = self.query_map.shape[-1]
+            identity = torch.eye(self.config.head_dim, columns)
+            init.copy_(self.query_map, identity.expand_as(self.query_map))
+            init.copy_(self.key_map, identity.expand_as(self.key_map))
+            init.zeros_(self.log_factor)
+        init.constant_(self.log_decay, -1e-3)
+
+    def init_from_attention(self, weights: AttentionWeights) -> None:
+        self.proj.load(weights)
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> HedgehogState:
+        width = self.proj.head_dim
+        sinks = self.config.num_sinks
+        return HedgehogState(
+            WindowState.zeros(batch, self.lengths, sinks, width, self.features, width, dtype=dtype, device=device)
+        )
+
+    def _query_features(self, q: Tensor) -> Tensor:
+        """(B, T, H, d) -> (B, T, H, F)."""
+        logits = _accurate(torch.einsum("bthd,hdf->bthf", q, self.query_map.to(q.dtype)))
+        if not self.prototypes:
+            return torch.cat([logits.softmax(-1), (-logits).softmax(-1)], -1)
+        return (logits + self.query_bias).softmax(-1) * self.log_scale.exp()[:, None]
+
+    def _key_features(self, k: Tensor) -> Tensor:
+        """(B, T, Hk, d) -> (B, T, Hk, F)."""
+        return torch.stack([self._key_features_of(head, k[:, :, head]) for head in range(k.shape[2])], 2)
+
+    def _key_features_of(self, head: int, k: Tensor) -> Tensor:
+        """Keys (B, n, d) of one kv head -> (B, n, F)."""
+        logits = _accurate(k @ self.key_map[head].to(k.dtype))
+        if not self.prototypes:
+            return torch.cat([logits.softmax(-1), (-logits).softmax(-1)], -1)
+        return logits.clamp(max=LARGEST_LOGIT).exp()
+
+    def _ring_features(self, state: WindowState, ctx: Context, time: int) -> Tensor:
+        """Features (B, R, F) of the keys in the rings; for a single new token only of those it may push out."""
+        features = state.ring_k.new_zeros(*state.ring_k.shape[:2], self.features, dtype=state.s.dtype)
+        if not self.features:
+            return features
+        positions = ring_positions(state.count, self.lengths)
+        offset = 0
+        for head, length in enumerate(self.lengths):
+            rows = torch.arange(length, device=positions.device).expand(len(positions), -1)
+            if time == 1:
+                rows = torch.remainder(state.count, length)[:, None]
+            rows = rows + offset
+            keys = state.ring_k.gather(1, rows[..., None].expand(-1, -1, state.ring_k.shape[-1]))[:, :, None]
+            if self.prototypes:
+                keys = ctx.rotary.unrotate(keys, positions.gather(1, rows))
+            one = self._key_features_of(head, keys[:, :, 0])
+            features = features.scatter(1, rows[..., None].expand(-1, -1, self.features), one.to(features.dtype))
+            offset += length
+        return features
+
+    def forward(self, hidden: Tensor, state: HedgehogState | None, ctx: Context):
+        q, k, v = self.proj.split(hidden)
+        turned_q, turned_k = ctx.rotary.rotate(q, ctx.positions), ctx.rotary.rotate(k, ctx.positions)
+        base_q, base_k = (q, k) if self.prototypes else (turned_q, turned_k)
+        ring_features = None
+        if state is not None:
+            ring_features = self._ring_features(state.window, ctx, k.shape[1])
+        far = ctx.positions.max() >= self.config.sink_distance
+        near = ctx.positions.clamp(max=self.config.sink_distance)
+        window = Window(
+            q=turned_q,
+            k=turned_k.to(v.dtype),
+            lengths=self.lengths,
+            sinks=self.config.num_sinks,
+            q_sink=ctx.rotary.rotate(q, near) if bool(far) else None,
+            factor=None if self.prototypes else self.log_factor.exp(),
+            anchor="absolute" if self.prototypes else "max",
+            ring_features=ring_features,
+        )
+        o, new = gated_linear_attention(
+            self._query_features(base_q),
+            self._key_features(base_k),
+            v,
+            self.log_decay.clamp(max=0),
+            window=window,
+            initial_state=None if state is None else state.window,
+            seq_ids=ctx.seq_ids,
+            mask=ctx.mask,
+        )
+        return self.proj.o_proj(o.flatten(-2)), None if state is None else HedgehogState(new)
+
+
+def _accurate(x: Tensor) -> Tensor:
+    """At least float32: exponentials of it are features."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class HedgehogModel(RecurrentModel):
+    """Hedgehog without a head."""
+
+    config_class = HedgehogConfig
+
+
+class HedgehogForCausalLM(RecurrentForCausalLM):
+    """Hedgehog with a language-model head."""
+
+    config_class = HedgehogConfig
+
+
+class HedgehogForSequenceClassification(RecurrentForSequenceClassification):
+    """Hedgehog with a classifier on the last token."""
+
+    config_class = HedgehogConfig
