@@ -53,6 +53,11 @@ class PackedTokens(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.input_ids[index].long(), "seq_ids": self.seq_ids[index].long()}
 
+    def rows(self, first: int, count: int) -> PackedTokens:
+        """`count` rows from `first` on, beginning again where the rows end."""
+        picked = torch.arange(first, first + count) % len(self)
+        return PackedTokens(self.input_ids[picked], self.seq_ids[picked], self.source, self.hashes)
+
     @property
     def seq_len(self) -> int:
         return self.input_ids.shape[1]

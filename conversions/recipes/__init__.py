@@ -1,0 +1,180 @@
+"""Recipes: YAML files that name a student mixer, the layers kept as attention, and the stages with their tokens.
+
+    name, description, source       who it is and where it comes from
+    student, student_options        the mixer, and fields of its configuration
+    keep                            layers that stay attention: none, a share such as 1/4, or a list of numbers
+    state_budget                    bytes of recurrent state in all, divided among windows by measured error
+    seq_len, tokens, batch_tokens   length of a training sequence; training tokens in all; tokens of an optimiser step
+    calibration_tokens              text of the closed-form stage
+    progressive                     convert 1/2, 3/4, 7/8 ... of the layers, with a full run of the stages at each step
+    stages                          list of {name, kind: calibrate | align | train, share, ...}, see `Stage`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...kernels.errors import RnnzooError
+
+__all__ = ["Recipe", "Stage", "list_recipes", "load_recipe", "parse_keep"]
+
+FOLDER = Path(__file__).parent
+KINDS = ("calibrate", "align", "train")
+
+
+@dataclasses.dataclass
+class Stage:
+    """One stage.
+
+    Attributes:
+        kind: "calibrate": closed form, no training. "align": each mixer learns its teacher layer's output from the
+            teacher's own inputs. "train": end to end.
+        share: of the recipe's tokens.
+        trains: "mixers" or "all".
+        lr: peak learning rate of matrices that came from the teacher. new_lr: of parameters that did not.
+        schedule: "cosine" or "constant", after `warmup` (share of the steps).
+        kl, ce: weights of KL(teacher || student) and of cross-entropy, both per token.
+        labels: of the cross-entropy: "text", or "teacher" for the teacher's most likely token.
+        z_loss: weight of logsumexp^2.
+    """
+
+    name: str
+    kind: str
+    share: float = 0.0
+    trains: str = "mixers"
+    lr: float = 1e-4
+    new_lr: float = 1e-3
+    schedule: str = "cosine"
+    warmup: float = 0.1
+    beta2: float = 0.95
+    kl: float = 1.0
+    ce: float = 0.0
+    labels: str = "text"
+    z_loss: float = 0.0
+
+
+@dataclasses.dataclass
+class Recipe:
+    """A recipe; the module's docstring says what its fields mean."""
+
+    name: str
+    student: str
+    stages: list[Stage]
+    description: str = ""
+    source: str = ""
+    student_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    keep: str = "none"
+    state_budget: int | None = None
+    seq_len: int = 2048
+    tokens: int = 131072
+    batch_tokens: int = 4096
+    calibration_tokens: int = 6144
+    progressive: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def list_recipes() -> dict[str, str]:
+    """Name -> one line about it."""
+    return {file.stem: load_recipe(file.stem).description for file in sorted(FOLDER.glob("*.yaml"))}
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name, or by the path of a YAML file.
+
+    Raises:
+        RnnzooError: unknown, unreadable, or with a wrong key or type.
+    """
+    names = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+    path = FOLDER / f"{name}.yaml" if name in names else Path(name).expanduser()
+    if not path.is_file():
+        raise RnnzooError(f"There is no recipe {name!r}; known are {', '.join(names)}, or give the path of a YAML file.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RnnzooError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, dict):
+        raise RnnzooError(f"{path} holds a {type(raw).__name__}; expected a mapping with name, student and stages.")
+    stages = raw.pop("stages", None)
+    if not isinstance(stages, list) or not stages:
+        raise RnnzooError(f"{path}: stages must be a list of at least one stage.")
+    raw.setdefault("name", path.stem)
+    built = [_checked(Stage, stage, f"{path.name}, stage {number}") for number, stage in enumerate(stages, 1)]
+    recipe = _checked(Recipe, raw | {"stages": built}, path.name)
+    _check_values(recipe, path.name)
+    return recipe
+
+
+def _checked(cls: type, raw: Any, where: str) -> Any:
+    if not isinstance(raw, dict):
+        raise RnnzooError(f"{where} is a {type(raw).__name__}; expected a mapping.")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(raw) - set(fields)):
+        raise RnnzooError(f"{where} has the unknown key {unknown[0]!r}; known are {', '.join(fields)}.")
+    for name, field in fields.items():
+        if name not in raw:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise RnnzooError(f"{where} lacks the key {name!r}.")
+            continue
+        value = raw[name]
+        if field.type in ("float", "int") and isinstance(value, int | float) and not isinstance(value, bool):
+            if field.type == "int" and value != int(value):
+                raise RnnzooError(f"{where}: {name} is {value!r}; expected a whole number.")
+            raw[name] = float(value) if field.type == "float" else int(value)
+            continue
+        expected = {"str": str, "bool": bool, "dict[str, Any]": dict, "list[Stage]": list}.get(str(field.type))
+        if field.type == "int | None" and (value is None or (isinstance(value, int) and not isinstance(value, bool))):
+            continue
+        if expected is None or not isinstance(value, expected):
+            raise RnnzooError(f"{where}: {name} is {value!r}; expected {field.type}.")
+    return cls(**raw)
+
+
+def _check_values(recipe: Recipe, where: str) -> None:
+    from ...zoo.core.registry import known_mixers
+
+    if recipe.student not in known_mixers():
+        raise RnnzooError(f"{where}: there is no mixer {recipe.student!r}; known are {', '.join(known_mixers())}.")
+    for stage in recipe.stages:
+        for name, allowed in (
+            ("kind", KINDS),
+            ("trains", ("mixers", "all")),
+            ("schedule", ("cosine", "constant")),
+            ("labels", ("text", "teacher")),
+        ):
+            if getattr(stage, name) not in allowed:
+                raise RnnzooError(
+                    f"{where}, stage {stage.name}: {name} is {getattr(stage, name)!r}; expected one of {allowed}."
+                )
+    if len({stage.name for stage in recipe.stages}) != len(recipe.stages):
+        raise RnnzooError(f"{where}: two stages have the same name; name them differently.")
+    if recipe.calibration_tokens < 1 or recipe.batch_tokens < 1 or recipe.tokens < 0:
+        raise RnnzooError(f"{where}: tokens, batch_tokens and calibration_tokens must be positive.")
+
+
+def parse_keep(keep: str, layers: int) -> list[int]:
+    """Which of `layers` layers stay attention: "none", a share "1/n" (layers n-1, 2n-1, ...), or "0,8,16".
+
+    Raises:
+        RnnzooError: none of these, or a number out of range.
+    """
+    text = str(keep).strip().lower()
+    if text in ("none", "0", ""):
+        return []
+    if match := re.fullmatch(r"1/(\d+)", text):
+        period = int(match.group(1))
+        if period < 1 or period > layers:
+            raise RnnzooError(f"keep {keep}: a share must lie between 1/{layers} and 1/1 for {layers} layers.")
+        return list(range(period - 1, layers, period))
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise RnnzooError(f"keep {keep!r} is neither none, a share such as 1/4, nor layer numbers such as 0,8,16.")
+    numbers = sorted({int(number) for number in text.split(",")})
+    if numbers[-1] >= layers:
+        raise RnnzooError(f"keep {keep}: there is no layer {numbers[-1]}; the teacher's layers are 0 to {layers - 1}.")
+    return numbers

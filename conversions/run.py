@@ -1,0 +1,135 @@
+"""The folder of a run: what was asked for, which stages are finished, and the student after the last of them.
+
+    OUT/.rnnzoo/run.json            the request, and a record of each finished stage
+    OUT/.rnnzoo/student/            the student after the last finished stage, in float32
+    OUT/.rnnzoo/<stage>/            checkpoints and metrics of a training stage
+    OUT/                            the finished model
+
+Everything is written under a temporary name and renamed, so that a killed run finds only whole things.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..kernels.errors import RnnzooError
+
+__all__ = ["Run", "open_run"]
+
+FOLDER = ".rnnzoo"
+
+
+class Run:
+    """An opened run; `open_run` makes them."""
+
+    def __init__(self, out: Path, request: dict[str, Any], stages: list[dict[str, Any]]):
+        self.out, self.request, self.stages = out, request, stages
+        self.folder = out / FOLDER
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """What a finished stage reported; None: it is not finished."""
+        return next((stage for stage in self.stages if stage["name"] == name), None)
+
+    def finish(self, name: str, student: Any, report: dict[str, Any]) -> None:
+        """Keeps the student and the report of a stage, then forgets the stage's checkpoints."""
+        if student is not None:
+            number = len(self.stages)
+            folder = self.folder / f"student-{number}"
+            _save_model(student, folder)
+            report = report | {"student": folder.name}
+        self.stages.append({"name": name} | report)
+        self.save()
+        for old in self.folder.glob("student-*"):
+            if student is not None and old.name != report["student"]:
+                shutil.rmtree(old, ignore_errors=True)
+        for checkpoint in (self.folder / name).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def student_folder(self) -> Path | None:
+        """The student after the last stage that changed it."""
+        names = [stage["student"] for stage in self.stages if "student" in stage]
+        return self.folder / names[-1] if names else None
+
+    def save(self) -> None:
+        write_json(self.folder / "run.json", {"request": self.request, "stages": self.stages})
+
+    def publish(self, student: Any, tokenizer: Any) -> None:
+        """The finished model into OUT."""
+        whole = self.folder / "model"
+        _save_model(student, whole, tokenizer)
+        for old in self.out.glob("model*.safetensors*"):
+            old.unlink()
+        for file in sorted(whole.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, self.out / file.name)
+        whole.rmdir()
+
+
+def _save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
+    temporary = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(temporary)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(temporary)
+    os.replace(temporary, folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def open_run(out: str | os.PathLike, request: dict[str, Any], restart: bool) -> Run:
+    """The run in `out`, new or to be continued.
+
+    Raises:
+        RnnzooError: the folder holds something else, or a run with another request, or cannot be written.
+    """
+    out = Path(out)
+    # As JSON stores it, so that a stored request and a new one compare.
+    request = json.loads(json.dumps(request))
+    try:
+        state = out / FOLDER / "run.json"
+        if out.exists() and not out.is_dir():
+            raise RnnzooError(f"{out} is a file; give --out a folder.")
+        if out.is_dir() and any(out.iterdir()) and not state.is_file():
+            left = [entry.name for entry in out.iterdir()]
+            if left != [FOLDER]:
+                raise RnnzooError(f"{out} holds something else ({sorted(left)[0]}); choose another or an empty folder.")
+        if restart and state.is_file():
+            shutil.rmtree(out / FOLDER)
+            for name in ("results.json", "evaluation.json", "README.md"):
+                (out / name).unlink(missing_ok=True)
+        (out / FOLDER).mkdir(parents=True, exist_ok=True)
+        if not state.is_file():
+            run = Run(out, request, [])
+            run.save()
+            return run
+        stored = json.loads(state.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RnnzooError(f"{out} cannot be used: {error.strerror or error}; choose another folder.") from error
+    except ValueError as error:
+        raise RnnzooError(f"{state} is damaged; run again with --restart.") from error
+    if differences := _differences(stored["request"], request):
+        shown = "; ".join(differences[:4])
+        raise RnnzooError(
+            f"{out} holds a run with other settings ({shown}); repeat its settings to go on, choose another folder, or "
+            "discard it with --restart."
+        )
+    return Run(out, request, stored["stages"])
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in dict.fromkeys([*old, *new]):
+            found += _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(a, b, f"{where}[{i}]")]
+    return [] if old == new else [f"{where} was {old!r}, is {new!r}"]

@@ -1,0 +1,1 @@
+"""Stages of a conversion: calibrate (closed form), align and train (Trainer subclasses)."""

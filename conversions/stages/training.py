@@ -1,0 +1,282 @@
+"""Stages that train: `Trainer` subclasses, so that accelerate, FSDP and several machines need no other code.
+
+align   each mixer sees what its teacher layer sees and learns what it says: mean over layers of
+        ||mixer(x) - attention(x)||^2 / ||attention(x)||^2
+train   end to end: kl * KL(teacher || student) + ce * cross-entropy + z_loss * logsumexp^2, each a mean over tokens
+
+Rows are all of one length, so the mean of the means over accumulated batches is the mean over all tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ...kernels.losses import linear_cross_entropy, linear_kl
+from ..recipes import Stage
+
+if TYPE_CHECKING:
+    from ...zoo.core.modeling import RecurrentForCausalLM
+    from ..data import PackedTokens
+
+__all__ = ["StageTrainer", "train_stage"]
+
+CHECKPOINTS = 6  # in a stage
+COMPLETE = "complete"  # a checkpoint without this file was cut off while it was written
+
+
+class StageTrainer(Trainer):
+    """A Trainer whose loss comes from a frozen teacher as well; subclasses say how."""
+
+    # Our losses are means over the micro-batch; Trainer must divide them by the number of accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, stage: Stage, twin: RecurrentForCausalLM, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.stage = stage
+        self.twin = twin
+        self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups: dict[float, list[nn.Parameter]] = {}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    rate = self.stage.new_lr if is_new(name) else self.stage.lr
+                    groups.setdefault(rate, []).append(parameter)
+            self.optimizer = torch.optim.AdamW(
+                [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
+                betas=(0.9, self.stage.beta2),
+                weight_decay=0.0,
+            )
+        return self.optimizer
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:
+        # The rows were shuffled when they were packed; their order is part of the run.
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class TrainEndToEnd(StageTrainer):
+    """KL to the teacher and cross-entropy on the final hidden states; logits never in full."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids, seq_ids = inputs["input_ids"], inputs["seq_ids"]
+        stage = self.stage
+        hidden = self._final_hidden(model, ids, seq_ids)
+        head = self.accelerator.unwrap_model(model).lm_head
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        reference = None
+        if stage.kl or (stage.ce and stage.labels == "teacher"):
+            with torch.no_grad():
+                reference = self.twin.model(input_ids=ids, seq_ids=seq_ids, use_cache=False).last_hidden_state
+                reference = reference.flatten(0, 1)
+        if stage.kl:
+            loss = loss + stage.kl * linear_kl(
+                hidden.flatten(0, 1), head.weight, reference, self.twin.lm_head.weight, student_bias=head.bias
+            )
+        if stage.ce:
+            if stage.labels == "teacher":
+                labels = most_likely(reference, self.twin.lm_head.weight).view_as(ids)
+            else:
+                labels = next_tokens(ids, seq_ids)
+            loss = loss + stage.ce * linear_cross_entropy(
+                hidden.flatten(0, 1), head.weight, labels.flatten(), bias=head.bias, z_loss=stage.z_loss
+            )
+        return (loss, None) if return_outputs else loss
+
+    def _final_hidden(self, model: nn.Module, ids: Tensor, seq_ids: Tensor) -> Tensor:
+        """(B, T, D), through the wrapped model's own forward, as autocast and FSDP need it."""
+        found: list[Tensor] = []
+        norm = self.accelerator.unwrap_model(model).model.norm
+        hook = norm.register_forward_hook(lambda _, args, output: found.append(output))
+        try:
+            model(input_ids=ids, seq_ids=seq_ids, use_cache=False, logits_to_keep=1)
+        finally:
+            hook.remove()
+        return found[0]
+
+
+class AlignLayers(StageTrainer):
+    """Every converted mixer on its teacher layer's inputs, all layers at once."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids, seq_ids = inputs["input_ids"], inputs["seq_ids"]
+        student = self.accelerator.unwrap_model(model)
+        seen: list[tuple[Tensor, Tensor]] = []
+        hooks = [
+            block.mixer.register_forward_hook(lambda _, args, output: seen.append((args[0], output[0])))
+            for block in self.twin.model.layers
+        ]
+        try:
+            with torch.no_grad():
+                self.twin.model(input_ids=ids, seq_ids=seq_ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        ctx = student.model.make_context(*ids.shape, ids.device, seq_ids=seq_ids)
+        losses = []
+        for block, (given, wanted) in zip(student.model.layers, seen, strict=True):
+            if any(p.requires_grad for p in block.mixer.parameters()):
+                with self.compute_loss_context_manager(), torch.autocast(
+                    ids.device.type, given.dtype, enabled=given.dtype == torch.bfloat16
+                ):
+                    said, _ = block.mixer(given, None, ctx)
+                wanted = wanted.float()
+                losses.append((said.float() - wanted).pow(2).sum() / wanted.pow(2).sum())
+        loss = torch.stack(losses).mean()
+        return (loss, None) if return_outputs else loss
+
+
+def is_new(name: str) -> bool:
+    """Is the parameter the student's own, not one that came from the teacher?"""
+    return ".mixer." in name and not any(part in name for part in (".proj.", "in_proj", "out_proj"))
+
+
+def next_tokens(ids: Tensor, seq_ids: Tensor) -> Tensor:
+    """Labels (B, T): the next token, -100 at the end of a document and of the row."""
+    labels = torch.full_like(ids, -100)
+    same = seq_ids[:, 1:] == seq_ids[:, :-1]
+    labels[:, :-1] = torch.where(same, ids[:, 1:], -100)
+    return labels
+
+
+@torch.no_grad()
+def most_likely(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(N,) argmax of the logits of hidden (N, D), chunk by chunk."""
+    return torch.cat([(rows @ weight.T).argmax(-1) for rows in hidden.split(256)])
+
+
+class _Report(TrainerCallback):
+    """Metrics as JSON lines, progress, and the mark that makes a checkpoint count."""
+
+    def __init__(self, folder: Path, tokens_per_step: int, progress: Callable[..., None]):
+        self.folder, self.tokens_per_step, self.progress = folder, tokens_per_step, progress
+        self.started = time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.monotonic()
+        self.done_before = state.global_step
+        self.progress(state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step, {})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        tokens = state.global_step * self.tokens_per_step
+        seconds = time.monotonic() - self.started
+        line = {"step": state.global_step, "tokens": tokens, "seconds": round(seconds, 3), "loss": logs["loss"]}
+        line |= {"learning_rate": logs.get("learning_rate"), "gradient_norm": logs.get("grad_norm")}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.progress(tokens, state.max_steps * self.tokens_per_step, {"loss": logs["loss"]})
+
+    def on_save(self, args, state, control, **kwargs):
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def train_stage(
+    student: RecurrentForCausalLM,
+    twin: RecurrentForCausalLM,
+    stage: Stage,
+    data: PackedTokens,
+    folder: Path,
+    *,
+    batch_tokens: int,
+    bf16: bool,
+    seed: int,
+    progress: Callable[[int, int, dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Trains the student in place; goes on from the newest whole checkpoint in `folder`.
+
+    Returns:
+        tokens, seconds, loss_first, loss_last of the stage.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, parameter in student.named_parameters():
+        mixer = ".mixer." in name
+        parameter.requires_grad_(stage.trains == "all" or mixer)
+    for block in student.model.layers:
+        if block.mixer.layer_type in ("full_attention", "sliding_attention") and stage.kind == "align":
+            block.mixer.requires_grad_(False)
+    if stage.kind == "align":
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and is_new(name))
+    per_step = max(1, min(batch_tokens // data.seq_len, len(data)))
+    steps = max(1, len(data) // per_step)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=per_step,
+        max_steps=steps,
+        learning_rate=stage.lr,
+        lr_scheduler_type="cosine" if stage.schedule == "cosine" else "constant_with_warmup",
+        warmup_steps=math.ceil(stage.warmup * steps),
+        max_grad_norm=1.0,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=max(1, math.ceil(steps / CHECKPOINTS)),
+        save_total_limit=2,
+        seed=seed,
+        data_seed=seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    report = _Report(folder, per_step * data.seq_len, progress)
+    checkpoint = newest_checkpoint(folder)
+    _cut_metrics(folder, checkpoint)
+    student.config.use_cache = False
+    trainer_class = AlignLayers if stage.kind == "align" else TrainEndToEnd
+    trainer = trainer_class(
+        model=student, args=arguments, train_dataset=data, callbacks=[report], stage=stage, twin=twin
+    )
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(callback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    student.config.use_cache = True
+    student.eval()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {
+        "tokens": steps * per_step * data.seq_len,
+        "seconds": round(lines[-1]["seconds"], 1),
+        "loss_first": lines[0]["loss"],
+        "loss_last": sum(line["loss"] for line in lines[-4:]) / len(lines[-4:]),
+    }
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; those that were cut off are removed."""
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).exists():
+            whole.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _cut_metrics(folder: Path, checkpoint: Path | None) -> None:
+    """Forgets the metrics of steps that will be done again."""
+    file = folder / "metrics.jsonl"
+    step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+    if file.exists():
+        lines = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                kept = json.loads(line)["step"] <= step
+            except ValueError:  # the last line of a killed run may be half written
+                kept = False
+            lines += [line] if kept else []
+        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

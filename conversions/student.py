@@ -1,0 +1,105 @@
+"""The student: a model of the teacher's shape whose mixers are chosen layer by layer, and its start from the teacher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..kernels.errors import RnnzooError
+from ..zoo.core.registry import ATTENTION_TYPES, config_class
+from .recipes import Recipe, parse_keep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..zoo.core.configuration import RecurrentConfig
+    from ..zoo.core.modeling import RecurrentForCausalLM
+    from .teachers import TeacherRef
+
+__all__ = ["attention_twin", "build_student", "causal_lm_class", "layer_types", "state_bytes", "student_config"]
+
+
+def layer_types(teacher: TeacherRef, recipe: Recipe, keep: list[int]) -> list[str]:
+    """The mixer of each layer: the teacher's own attention where kept, the recipe's student elsewhere."""
+    own = teacher.family.attention_types(teacher.config)
+    return [own[i] if i in keep else recipe.student for i in range(len(own))]
+
+
+def student_config(teacher: TeacherRef, recipe: Recipe, types: list[str], **options: Any) -> RecurrentConfig:
+    """A configuration of the recipe's architecture, of the teacher's sizes.
+
+    Raises:
+        RnnzooError: options that do not fit the architecture.
+    """
+    from ..zoo.core.configuration import RecurrentConfig
+
+    cls = config_class(recipe.student) or RecurrentConfig
+    fields = teacher.family.student_config(teacher.config)
+    sizes = cls.student_fields(fields["num_attention_heads"], fields["num_key_value_heads"], fields["head_dim"])
+    try:
+        config = cls(**(fields | sizes | recipe.student_options | options), layer_types=types)
+    except (ValueError, TypeError) as error:
+        raise RnnzooError(f"The recipe's student cannot be built: {' '.join(str(error).split())}") from error
+    config.architectures = [causal_lm_class(recipe.student).__name__]
+    return config
+
+
+def causal_lm_class(mixer: str) -> type[RecurrentForCausalLM]:
+    """The model class of an architecture; the generic one for attention."""
+    import importlib
+
+    from ..zoo.core.modeling import RecurrentForCausalLM
+
+    if mixer in ATTENTION_TYPES:
+        return RecurrentForCausalLM
+    module = importlib.import_module(f"..zoo.{mixer}.modeling_{mixer}", __package__)
+    return next(
+        cls
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, RecurrentForCausalLM) and cls.__module__ == module.__name__
+    )
+
+
+def build_student(
+    teacher: TeacherRef, model: PreTrainedModel, config: RecurrentConfig, mixer: str, dtype: torch.dtype, seed: int
+) -> RecurrentForCausalLM:
+    """A model with the teacher's embeddings, norms and MLPs, and mixers started from its attention."""
+    torch.manual_seed(seed)
+    student = causal_lm_class(mixer)(config)
+    shared = teacher.family.shared_tensors(model)
+    missing, unexpected = student.load_state_dict({k: v.float() for k, v in shared.items()}, strict=False)
+    stray = [name for name in missing if ".mixer." not in name and name != "lm_head.weight"]
+    if unexpected or stray:
+        raise RnnzooError(f"The teacher's tensors do not fit the student: {sorted([*unexpected, *stray])[:3]}.")
+    for i, layer in enumerate(student.model.layers):
+        layer.mixer.init_from_attention(teacher.family.attention_weights(model, i))
+    student.tie_weights()
+    return student.to(dtype)
+
+
+def attention_twin(teacher: TeacherRef, model: PreTrainedModel, dtype: torch.dtype) -> RecurrentForCausalLM:
+    """The teacher itself in the zoo's block, every layer attention: one shape for all families, the same logits."""
+    recipe = Recipe(name="twin", student="full_attention", stages=[])
+    types = teacher.family.attention_types(teacher.config)
+    twin = build_student(teacher, model, student_config(teacher, recipe, types), "full_attention", dtype, 0)
+    return twin.eval().requires_grad_(False)
+
+
+def state_bytes(config: RecurrentConfig, mixer: str, dtype: torch.dtype) -> int:
+    """Bytes of state of all layers that are not attention, for one sequence; computed without allocating weights."""
+    from ..zoo.core.registry import mixer_class
+
+    total = 0
+    with torch.device("meta"):
+        for i, name in enumerate(config.layer_types):
+            if name not in ATTENTION_TYPES:
+                layer: nn.Module = mixer_class(name)(config, i)
+                total += layer.init_state(1, torch.device("meta"), dtype).num_bytes()
+    return total
+
+
+def kept_layers(teacher: TeacherRef, keep: str) -> list[int]:
+    """`parse_keep` for this teacher."""
+    return parse_keep(keep, teacher.config.num_hidden_layers)
