@@ -17,7 +17,7 @@ from ...kernels.errors import RnnzooError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ...zoo.core import AttentionWeights
+    from ...zoo.core.mixer import AttentionWeights
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
@@ -114,7 +114,7 @@ class Family:
 
     def attention_weights(self, model: PreTrainedModel, layer: int) -> AttentionWeights:
         """The tensors of one attention layer, detached, in the teacher's dtype."""
-        from ...zoo.core import AttentionWeights
+        from ...zoo.core.mixer import AttentionWeights
 
         attention = self.attention_module(model, layer)
         parts: dict[str, Tensor | None] = {}
@@ -201,7 +201,7 @@ class GPTNeoX(Family):
         return self.attention_module(model, layer).dense
 
     def attention_weights(self, model: PreTrainedModel, layer: int) -> AttentionWeights:
-        from ...zoo.core import AttentionWeights
+        from ...zoo.core.mixer import AttentionWeights
 
         attention = self.attention_module(model, layer)
         counts = self._head_counts(model.config)
