@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import logging
 import platform
 import time
@@ -168,24 +169,27 @@ class _Job:
             return open_corpus(self.data, self.text_field, tokenizer=self.tokenizer)
         from .data import default_corpus
 
-        wanted = self.recipe.tokens + self.recipe.calibration_tokens
         return default_corpus(
             self.tokenizer,
-            model=lambda: self.teacher.load(self.dtype),
-            num_tokens=wanted,
+            model=self.teacher.load(self.dtype),
+            sampled_tokens=self.recipe.tokens // 2,
+            sampled_length=min(self.recipe.seq_len, 1024),
             seed=self.seed,
-            folder=self.run.folder,
-            progress=lambda done, total: self.progress("text", done, total, {}),
+            progress=lambda done, total: self.progress("sampled text", done, total, {}),
         )
 
     @functools.cached_property
     def evaluation_texts(self) -> list[str]:
+        path = self.run.folder / "evaluation_texts.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
         texts, size = [], 0
         for text in self.corpus.documents("evaluation", seed=0):
             texts.append(text[:EVALUATION_CHARACTERS])
             size += len(text)
             if size >= EVALUATION_CHARACTERS:
                 break
+        write_json(path, texts)
         return texts
 
     def packed(self, name: str, tokens: int) -> Any:
@@ -301,8 +305,6 @@ class _Job:
 
     def results(self) -> dict[str, Any]:
         """results.json with everything but the evaluation."""
-        import json
-
         path = self.run.out / "results.json"
         results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"schema": 1}
         model = causal_lm_class(self.recipe.student).from_pretrained(self.run.out)
@@ -359,7 +361,7 @@ class _Job:
             if (self.run.folder / "data" / f"{name}.safetensors").exists():
                 refuse_overlap(hashes, self.packed(name, 0).hashes)
         results = self.results()
-        record = {"sha256": hashes.sha256, "source": self.corpus.source, "characters": sum(map(len, texts))}
+        record = {"sha256": hashes.sha256, "source": results["conversion"]["data"]["training"]["source"], "characters": sum(map(len, texts))}
         results["conversion"]["data"]["evaluation"] = record
         write_json(self.run.out / "results.json", results)
         return evaluate(

@@ -1,12 +1,16 @@
-"""Text for conversions: from `--data` to packed sequences, with hashes that keep evaluation text apart from the rest."""
+"""Text for conversions: from `--data` to packed sequences, and hashes that keep evaluation text apart."""
 
 from __future__ import annotations
 
-from .corpus import Corpus, Split, corpus_from_texts, documents, open_corpus, split_of
+from .corpus import Corpus, Split, corpus_from_texts, documents, mixed_corpus, open_corpus, split_of
+from .default import HUB_DATASET, default_corpus
 from .hashes import Overlap, TextHashes, refuse_overlap
 from .packing import PackedTokens, check_sequence_length, pack
+from .python_prose import python_prose
+from .sampling import sample_from_teacher
 
 __all__ = [
+    "HUB_DATASET",
     "Corpus",
     "Overlap",
     "PackedTokens",
@@ -14,9 +18,13 @@ __all__ = [
     "TextHashes",
     "check_sequence_length",
     "corpus_from_texts",
+    "default_corpus",
     "documents",
+    "mixed_corpus",
     "open_corpus",
     "pack",
+    "python_prose",
     "refuse_overlap",
+    "sample_from_teacher",
     "split_of",
 ]

@@ -1,12 +1,15 @@
 """Where text comes from: `--data` as a stream of documents, in an order that a seed fixes, in disjoint splits.
 
-Several files are read at once, each as often as its size says, through a shuffling buffer; no more is read than the buffer
-and the documents that were asked for. A document's split depends on nothing but its own text, so it is the same in every run.
+Several files are read at once, each as often as its size says, through a shuffling buffer; no more is read than the
+buffer and the documents that were asked for. A document's split depends on nothing but the hash of its own text (in a
+source of under 500 documents: on the rank of that hash), so it is the same in every run.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from ...kernels.errors import RnnzooError
 from ..teachers.files import hub_reachable
 from .files import data_files, read_file
 
-__all__ = ["Corpus", "Split", "corpus_from_texts", "documents", "open_corpus", "split_of"]
+__all__ = ["Corpus", "Split", "corpus_from_texts", "documents", "mixed_corpus", "open_corpus", "split_of"]
 
 Split = Literal["calibration", "training", "evaluation"]
 Data = str | Path | Sequence[str | Path]
@@ -26,6 +29,7 @@ EVALUATION_PERCENT, CALIBRATION_PERCENT = 2, 8
 BUFFER_CHARACTERS = 32_000_000  # local files: large enough to mix whole books
 HUB_BUFFER_CHARACTERS = 4_000_000  # a download
 FILES_AT_ONCE = 16
+SMALL_SOURCE, LEAST_DOCUMENTS = 500, 3
 
 
 @dataclass(frozen=True)
@@ -44,23 +48,46 @@ class Corpus:
         """The documents of one split (all of them for None), in the order of the seed.
 
         Raises:
-            RnnzooError: the source turns out to be unreadable, or to hold no text at all.
+            RnnzooError: the source turns out to be unreadable, or to hold no text, or too few documents for splits.
         """
-        empty = True
-        for document in self.read(seed):
-            empty = False
-            if split is None or split_of(document) == split:
-                yield document
-        if empty:
+        stream = self.read(seed)
+        first = list(itertools.islice(stream, SMALL_SOURCE))
+        if not first:
             raise RnnzooError(f"{self.source} holds no text; give --data a source that does.")
+        if split is None:
+            yield from itertools.chain(first, stream)
+        elif len(set(first)) < LEAST_DOCUMENTS:
+            raise RnnzooError(
+                f"{self.source} has {len(set(first))} documents; at least {LEAST_DOCUMENTS} are needed to keep calibration, "
+                "training and evaluation apart: give more text, or cut it into more records."
+            )
+        elif len(first) < SMALL_SOURCE:
+            chosen = _small_splits(first)
+            yield from (document for document in first if chosen[document] == split)
+        else:
+            yield from (document for document in itertools.chain(first, stream) if split_of(document) == split)
 
 
 def split_of(document: str) -> Split:
     """2% of documents are for evaluation, 8% for calibration, the rest for training, by the hash of the text."""
-    part = int.from_bytes(hashlib.blake2b(document.strip().encode(), digest_size=8).digest(), "big") % 100
+    part = _hash(document) % 100
     if part < EVALUATION_PERCENT:
         return "evaluation"
     return "calibration" if part < EVALUATION_PERCENT + CALIBRATION_PERCENT else "training"
+
+
+def _hash(document: str) -> int:
+    return int.from_bytes(hashlib.blake2b(document.strip().encode(), digest_size=8).digest(), "big")
+
+
+def _small_splits(documents: list[str]) -> dict[str, Split]:
+    """The splits of a source with few documents: by rank instead of by chance, so that with three none is empty."""
+    ranked = sorted(set(documents), key=_hash)
+    evaluation = -(-len(ranked) * EVALUATION_PERCENT // 100)
+    calibration = -(-len(ranked) * CALIBRATION_PERCENT // 100)
+    training = len(ranked) - evaluation - calibration
+    names: list[Split] = ["evaluation"] * evaluation + ["calibration"] * calibration + ["training"] * training
+    return dict(zip(ranked, names, strict=True))
 
 
 def documents(
@@ -80,6 +107,15 @@ def corpus_from_texts(texts: Iterable[str], source: str) -> Corpus:
         return (kept[i] for i in order)
 
     return Corpus(source, read)
+
+
+def mixed_corpus(corpora: Sequence[tuple[Corpus, int]]) -> Corpus:
+    """Several sources as one, each drawn from in proportion to its number."""
+
+    def read(seed: int) -> Iterator[str]:
+        return _interleaved([(share, functools.partial(corpus.read, seed)) for corpus, share in corpora], seed)
+
+    return Corpus("; ".join(corpus.source for corpus, _ in corpora), read)
 
 
 def open_corpus(data: Data, text_field: str = "text", *, tokenizer: Any = None, revision: str | None = None) -> Corpus:

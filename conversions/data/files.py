@@ -1,7 +1,7 @@
 """Documents in files: plain text, JSON lines, JSON and parquet, compressed or not.
 
-A reader yields one string a document and never holds more than one piece of a file (JSON arrays excepted). Anything that is
-not what its name says raises `RnnzooError` with the file, the place and the remedy.
+A reader yields one string a document and never holds more than one piece of a file (JSON arrays excepted). Anything
+that is not what its name says raises `RnnzooError` with the file, the place and the remedy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from ..teachers.files import user_errors
 __all__ = ["SUFFIXES", "data_files", "read_file"]
 
 SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".json", ".parquet")
-PIECE_CHARACTERS = 32_000  # about 8,000 tokens: a long context still fits, and one file still makes several documents
+# Documents of a text file, in characters: about 8,000 tokens, so that a long context still fits; less where a small
+# file would not make a hundred of them, so that it can still be split.
+PIECE_CHARACTERS, LEAST_PIECE_CHARACTERS, PIECES = 32_000, 4_000, 100
 LONGEST_LINE = 1 << 26  # bytes; a longer "line" of text is binary data in disguise
 WIKI_TITLE = re.compile(r" = [^=].* = \n?")  # WikiText marks the start of an article so
 
@@ -95,12 +97,13 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _text(path: Path) -> Iterator[str]:
-    """A text file in documents of about 8,000 tokens, cut between paragraphs, and where a WikiText article begins."""
+    """A text file in documents of about 8,000 tokens, cut between paragraphs or where a WikiText article begins."""
+    most = min(PIECE_CHARACTERS, max(LEAST_PIECE_CHARACTERS, path.stat().st_size // PIECES))
     piece: list[str] = []
     size = 0
     for line in _lines(path):
-        paragraph_ends = not line.strip()
-        if piece and (WIKI_TITLE.fullmatch(line) or (size > PIECE_CHARACTERS and (paragraph_ends or size > 2 * PIECE_CHARACTERS))):
+        full = size > 2 * most or (size > most and not line.strip())
+        if piece and (full or WIKI_TITLE.fullmatch(line)):
             yield "".join(piece)
             piece, size = [], 0
         piece.append(line)
@@ -116,7 +119,9 @@ def _json_lines(path: Path, render: Render) -> Iterator[str]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise RnnzooError(f"{place} is not JSON ({error}); a JSON lines file has one object on each line.") from error
+            raise RnnzooError(
+                f"{place} is not JSON ({error}); a JSON lines file has one object on each line."
+            ) from error
         yield render(record, place)
 
 

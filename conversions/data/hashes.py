@@ -1,7 +1,8 @@
 """Does evaluation text occur in training text? Hashes of paragraphs and of 13-word runs, and a refusal.
 
-Text is compared as lower-case words. Two sets overlap when they share a paragraph of at least 13 words, or more than 1% of
-the 13-word runs of the smaller one. 13 is the length that GPT-3 and later reports use (Brown et al. 2020, appendix C).
+Text is compared as lower-case words. Two sets overlap when they share a paragraph of at least 13 words, or more than
+1% of the 13-word runs of the smaller one. 13 is the length that GPT-3 and later reports use (Brown et al. 2020,
+appendix C).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _MULTIPLIERS = np.array([pow(0x9E3779B97F4A7C15, i, 1 << 64) for i in range(RUN)
 
 @dataclass(frozen=True)
 class Overlap:
-    """paragraphs: shared ones; fraction: shared share of the smaller side's 13-word runs; example: a shared paragraph."""
+    """Shared paragraphs, the shared fraction of the smaller side's 13-word runs, and one shared paragraph."""
 
     paragraphs: int
     fraction: float
@@ -108,7 +109,7 @@ class TextHashes:
 
 
 def refuse_overlap(a: TextHashes, b: TextHashes) -> None:
-    """Raises RnnzooError where the two texts share a paragraph of 13 words or more, or over 1% of their 13-word runs."""
+    """Raises RnnzooError where two texts share a paragraph of 13 words, or over 1% of their 13-word runs."""
     found = a.overlap(b)
     if not found.paragraphs and found.fraction <= ALLOWED_FRACTION:
         return

@@ -122,7 +122,9 @@ class PackedTokens(Dataset):
             hashes.paragraphs = dict(zip(tensors["paragraphs"].tolist(), json.loads(about["beginnings"]), strict=True))
             hashes.runs = tensors["runs"].numpy().view(np.uint64)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise RnnzooError(f"The token file {path} is missing or damaged ({error}); delete it and run again.") from error
+            raise RnnzooError(
+                f"The token file {path} is missing or damaged ({error}); delete it and run again."
+            ) from error
         return cls(tensors["input_ids"], tensors["seq_ids"], about["source"], hashes)
 
 

@@ -1,7 +1,7 @@
 """Text sampled from the teacher itself: what a conversion can learn from where there is no other text.
 
-A batch of conversations grows in step, one token each a step, all of the same length, so there is no padding and no slot
-idles: a conversation begins by being fed its prompt, and where the teacher ends its turn it is fed the next question.
+A batch of conversations grows in step, one token each a step, all of the same length, so there is no padding and no
+slot idles: a conversation begins by being fed its prompt, and where the teacher ends its turn it is fed a new question.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class _GrowingLayer(DynamicLayer):
 def _grouped_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """One new token, query (B, H, 1, d), over keys (B, Hk, S, d): the H / Hk queries that share a key head become a time
-    axis, so the keys are read once for them all. Five times as fast on a CPU as repeating the keys."""
+    """One new token, query (B, H, 1, d), over keys (B, Hk, S, d): the H / Hk queries that share a key head become a
+    time axis, so the keys are read once for them all. Five times as fast on a CPU as repeating the keys."""
     if query.shape[2] > 1 or attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
@@ -130,7 +130,9 @@ class _Conversation:
             self.topic = self.draw.choice(TOPICS)
         if not self.chats:
             return self.tokenizer(self.draw.choice(OPENINGS).format(topic=self.topic))["input_ids"]
-        return self._asked(self.draw.choice(QUESTIONS if changes_topic else FOLLOW_UPS).format(topic=self.topic), first=False)
+        return self._asked(
+            self.draw.choice(QUESTIONS if changes_topic else FOLLOW_UPS).format(topic=self.topic), first=False
+        )
 
 
 def _drawn(logits: Tensor, min_p: float, generator: torch.Generator) -> list[int]:
@@ -206,7 +208,9 @@ def sample_from_teacher(
                 progress(done + step * slots, total)
 
         with _decoding(model):
-            _converse(model, conversations, length, lambda logits: _drawn(logits / temperature, min_p, generator), report)
+            _converse(
+                model, conversations, length, lambda logits: _drawn(logits / temperature, min_p, generator), report
+            )
         texts += [tokenizer.decode(c.tokens, skip_special_tokens=False) for c in conversations]
         report(length)
     return texts

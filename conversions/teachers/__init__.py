@@ -1,4 +1,4 @@
-"""Teachers: the pretrained Transformers that are converted, from the Hub, a folder, a GGUF file, or the embedded one."""
+"""Teachers: the pretrained Transformers to convert, from the Hub, a folder, a GGUF file, or the embedded one."""
 
 from __future__ import annotations
 

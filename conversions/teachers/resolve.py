@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -34,7 +35,8 @@ class TeacherRef:
     Attributes:
         name: what to call it in results: the Hub id, the folder's or file's name, or the embedded model's name.
         kind: where it comes from.
-        path: the folder with config.json, or the folder of the GGUF file. For kind "embedded" it exists after `fetch()`.
+        path: the folder with config.json, or the folder of the GGUF file. For kind "embedded" it exists after
+            `fetch()`.
         gguf_file: the file's name inside `path` (kind "gguf" only).
         config: transformers' config of the plain, unquantised architecture.
         sha: a commit for kind "hub", else "sha256:..." (of a sample of the blocks above 2 GiB: "sampled-sha256:...").
@@ -112,7 +114,9 @@ def resolve_teacher(name: str | None, *, revision: str | None = None, cache_dir:
         if path.suffix.lower() == ".gguf":
             return _gguf(path)
         if path.is_file():
-            raise RnnzooError(f"{name} is a file but not a .gguf file; give the model's folder, a GGUF file or a Hub id.")
+            raise RnnzooError(
+                f"{name} is a file but not a .gguf file; give the model's folder, a GGUF file or a Hub id."
+            )
         if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             raise RnnzooError(f"There is no folder {name}; give an existing folder, a GGUF file or a Hub id.")
         return _hub(name, revision, cache_dir)
@@ -152,7 +156,9 @@ def _folder(path: Path) -> TeacherRef:
 def _read_config(folder: Path, source: str) -> tuple[Family, PreTrainedConfig]:
     file = folder / "config.json"
     if not file.is_file():
-        raise RnnzooError(f"{source} has no config.json, so it is not a model folder; give a folder, GGUF file or Hub id.")
+        raise RnnzooError(
+            f"{source} has no config.json, so it is not a model folder; give a folder, GGUF file or Hub id."
+        )
     try:
         raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
@@ -177,7 +183,9 @@ def _weight_files(folder: Path) -> list[Path]:
     else:
         files = [folder / "model.safetensors"]
         if not files[0].exists():
-            raise RnnzooError(f"{folder} has no model.safetensors; save the model with `save_pretrained` (safetensors).")
+            raise RnnzooError(
+                f"{folder} has no model.safetensors; save the model with `save_pretrained` (safetensors)."
+            )
     for file in files:
         check_safetensors(file)
     return files
@@ -201,10 +209,8 @@ def _hub(name: str, revision: str | None, cache_dir: str | None) -> TeacherRef:
     file = Path(_from_hub(name, offline, functools.partial(hf_hub_download, name, "config.json", **options)))
     family, config = _read_config(file.parent, name)
     licence = None
-    try:
+    with contextlib.suppress(OSError):  # no card, or not in the cache: the licence is then unknown
         licence = _stated_licence(Path(hf_hub_download(name, "README.md", **options)).parent)
-    except OSError:  # no card, or not in the cache: the licence is then unknown
-        pass
     sha = file.parent.name
     return TeacherRef(name, "hub", file.parent, None, config, sha, licence, family, name, revision, cache_dir)
 
@@ -213,7 +219,9 @@ def _fetch_hub(ref: TeacherRef) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [*HUB_FILES, "*.safetensors"]
-    get = functools.partial(snapshot_download, ref.name, revision=ref.sha, cache_dir=ref.cache_dir, allow_patterns=patterns)
+    get = functools.partial(
+        snapshot_download, ref.name, revision=ref.sha, cache_dir=ref.cache_dir, allow_patterns=patterns
+    )
     with user_errors(f"The teacher {ref.name} cannot be downloaded"), quiet_loading():
         try:
             folder = Path(get(local_files_only=True))
@@ -261,7 +269,9 @@ def _load_folder(folder: Path, ref: TeacherRef, dtype: torch.dtype) -> PreTraine
                 folder, dtype=dtype, output_loading_info=True, local_files_only=True
             )
     except (RuntimeError, ValueError, KeyError) as error:
-        raise RnnzooError(f"The weights in {folder} do not fit its config.json: {str(error).splitlines()[0]}") from error
+        raise RnnzooError(
+            f"The weights in {folder} do not fit its config.json: {str(error).splitlines()[0]}"
+        ) from error
     if missing := sorted(info["missing_keys"]):
         raise RnnzooError(
             f"The weights in {folder} lack {len(missing)} tensors that a {ref.family.model_type} language model has, "

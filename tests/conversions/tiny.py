@@ -1,7 +1,7 @@
-"""Tiny random teachers of every family, with a byte-level tokenizer built in code: no network, a tenth of a second each.
+"""Tiny random teachers of every family, with a byte-level tokenizer built in code: no network, 0.1 s each.
 
-    from .tiny import tiny_teacher, tiny_tokenizer      # relative: pytest runs in importlib mode
-    folder = tiny_teacher("llama", tmp_path)        # loads with AutoModelForCausalLM and AutoTokenizer
+from .tiny import tiny_teacher, tiny_tokenizer      # relative: pytest runs in importlib mode
+folder = tiny_teacher("llama", tmp_path)        # loads with AutoModelForCausalLM and AutoTokenizer
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwe
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: 3 special tokens (ids 0-2), 256 bytes and a few merges, under 320 tokens; any text round-trips."""
+    """Byte-level BPE: 3 special tokens (ids 0-2), 256 bytes, a few merges: 310 tokens; any text round-trips."""
     vocabulary = {token: i for i, token in enumerate(SPECIAL)}
     for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[symbol] = len(vocabulary)
