@@ -5,8 +5,8 @@ from __future__ import annotations
 from .corpus import Corpus, Split, corpus_from_texts, documents, mixed_corpus, open_corpus, split_of
 from .default import HUB_DATASET, default_corpus
 from .hashes import Overlap, TextHashes, refuse_overlap
+from .installed import python_prose
 from .packing import PackedTokens, check_sequence_length, pack
-from .python_prose import python_prose
 from .sampling import sample_from_teacher
 
 __all__ = [

@@ -58,8 +58,8 @@ class Corpus:
             yield from itertools.chain(first, stream)
         elif len(set(first)) < LEAST_DOCUMENTS:
             raise RnnzooError(
-                f"{self.source} has {len(set(first))} documents; at least {LEAST_DOCUMENTS} are needed to keep calibration, "
-                "training and evaluation apart: give more text, or cut it into more records."
+                f"{self.source} has {len(set(first))} documents; at least {LEAST_DOCUMENTS} are needed to keep "
+                "calibration, training and evaluation apart: give more text, or cut it into more records."
             )
         elif len(first) < SMALL_SOURCE:
             chosen = _small_splits(first)
@@ -85,9 +85,10 @@ def _small_splits(documents: list[str]) -> dict[str, Split]:
     ranked = sorted(set(documents), key=_hash)
     evaluation = -(-len(ranked) * EVALUATION_PERCENT // 100)
     calibration = -(-len(ranked) * CALIBRATION_PERCENT // 100)
-    training = len(ranked) - evaluation - calibration
-    names: list[Split] = ["evaluation"] * evaluation + ["calibration"] * calibration + ["training"] * training
-    return dict(zip(ranked, names, strict=True))
+    splits: dict[str, Split] = dict.fromkeys(ranked, "training")
+    splits.update(dict.fromkeys(ranked[: evaluation + calibration], "calibration"))
+    splits.update(dict.fromkeys(ranked[:evaluation], "evaluation"))
+    return splits
 
 
 def documents(

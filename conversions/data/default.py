@@ -13,7 +13,7 @@ from typing import Any
 from ...kernels.errors import RnnzooError
 from ..teachers.files import hub_reachable
 from .corpus import Corpus, corpus_from_texts, mixed_corpus, open_corpus
-from .python_prose import PROSE_SOURCE, python_prose
+from .installed import PROSE_SOURCE, python_prose
 from .sampling import sample_from_teacher
 
 __all__ = ["HUB_DATASET", "default_corpus"]

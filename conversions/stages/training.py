@@ -46,6 +46,10 @@ class StageTrainer(Trainer):
         self.twin = twin
         self.model_accepts_loss_kwargs = False
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """bfloat16 products where the run is in bfloat16, whatever the wrapped model's own forward does."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups: dict[float, list[nn.Parameter]] = {}

@@ -18,7 +18,7 @@ from . import embedded
 from .families import FAMILIES, Family, count_parameters, family_of
 from .files import check_safetensors, content_hash, hub_reachable, quiet_loading, user_errors
 from .gguf import gguf_config, gguf_family, load_gguf_weights, read_gguf_header
-from .tokenizer import folder_tokenizer, gguf_tokenizer
+from .tokenizer import first_line, folder_tokenizer, gguf_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -169,7 +169,7 @@ def _read_config(folder: Path, source: str) -> tuple[Family, PreTrainedConfig]:
     try:
         return family, family.config_class.from_pretrained(folder)
     except Exception as error:  # transformers' validation raises many kinds
-        raise RnnzooError(f"{file} is not a valid {family.model_type} config: {str(error).splitlines()[0]}") from error
+        raise RnnzooError(f"{file} is not a valid {family.model_type} config: {first_line(error)}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -239,6 +239,8 @@ def _from_hub(name: str, offline: bool, get: Any) -> Any:
 
     try:
         return get()
+    except errors.HFValidationError as error:
+        raise RnnzooError(f"There is no folder {name}, and it cannot be a Hub id: {first_line(error)}") from error
     except errors.GatedRepoError as error:
         raise RnnzooError(f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`.") from error
     except errors.RepositoryNotFoundError as error:
@@ -255,7 +257,7 @@ def _from_hub(name: str, offline: bool, get: Any) -> Any:
     except errors.EntryNotFoundError as error:
         raise RnnzooError(f"{name} on the Hub lacks a file that a model has (config.json).") from error
     except errors.HfHubHTTPError as error:
-        raise RnnzooError(f"The Hub refused {name}: {str(error).splitlines()[0]}") from error
+        raise RnnzooError(f"The Hub refused {name}: {first_line(error)}") from error
 
 
 def _offline_by_choice() -> bool:
@@ -269,9 +271,7 @@ def _load_folder(folder: Path, ref: TeacherRef, dtype: torch.dtype) -> PreTraine
                 folder, dtype=dtype, output_loading_info=True, local_files_only=True
             )
     except (RuntimeError, ValueError, KeyError) as error:
-        raise RnnzooError(
-            f"The weights in {folder} do not fit its config.json: {str(error).splitlines()[0]}"
-        ) from error
+        raise RnnzooError(f"The weights in {folder} do not fit its config.json: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise RnnzooError(
             f"The weights in {folder} lack {len(missing)} tensors that a {ref.family.model_type} language model has, "

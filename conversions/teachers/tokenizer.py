@@ -23,7 +23,7 @@ def folder_tokenizer(path: str | Path, config: Any, **download: Any) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **download)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise RnnzooError(f"{path} has no readable tokenizer (tokenizer.json): {_first_line(error)}") from error
+        raise RnnzooError(f"{path} has no readable tokenizer (tokenizer.json): {first_line(error)}") from error
     return _finished(tokenizer, config, str(path))
 
 
@@ -41,7 +41,7 @@ def gguf_tokenizer(path: Path, config: Any) -> Any:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
         splitting = read_gguf_metadata(str(path))[0].get("tokenizer.ggml.pre")
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise RnnzooError(f"{path} has no tokenizer that can be read: {_first_line(error)}") from error
+        raise RnnzooError(f"{path} has no tokenizer that can be read: {first_line(error)}") from error
     if splitting == "smollm":
         # transformers leaves out that this vocabulary sees every digit alone.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -68,5 +68,5 @@ def _finished(tokenizer: Any, config: Any, source: str) -> Any:
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -162,7 +162,7 @@ def test_limits_follow_from_the_numbers():
 
 def test_a_local_teacher_leaks_no_path():
     results = invented()
-    results["teacher"] |= {"name": "/home/somebody/models/secret-135m", "kind": "folder"}
+    results["teacher"] |= {"name": "/srv/somebody/models/secret-135m", "kind": "folder"}
     text = render_text(results)
     assert "/home" not in text and "secret-135m" in text
     assert "base_model" not in head(text) and validate_card(text) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from rnnzoo.conversions.data import TextHashes, refuse_overlap
 from rnnzoo.conversions.data import hashes as hashes_module
 from rnnzoo.kernels.errors import RnnzooError
@@ -22,7 +23,7 @@ def test_a_shared_paragraph_is_refused_with_an_example():
     ):
         refuse_overlap(ours, theirs)
     assert ours.shares(PARAGRAPH)
-    assert theirs.overlap(ours) == ours.overlap(theirs)
+    assert theirs.overlap(ours).fraction == ours.overlap(theirs).fraction > 0
 
 
 def test_copied_text_is_found_by_its_words_whatever_its_paragraphs():

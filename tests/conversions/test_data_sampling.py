@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rnnzoo.conversions.data import default_corpus, python_prose, sample_from_teacher
-from rnnzoo.conversions.data import default as default_module
-from rnnzoo.conversions.data import sampling
-from rnnzoo.conversions.data.prompts import TOPICS
-from rnnzoo.conversions.data.python_prose import _clean
 from transformers import DynamicCache
+
+from rnnzoo.conversions.data import default as default_module
+from rnnzoo.conversions.data import default_corpus, python_prose, sample_from_teacher, sampling
+from rnnzoo.conversions.data.installed import _clean
+from rnnzoo.conversions.data.prompts import TOPICS
 
 from .tiny import TINY_FAMILIES, tiny_model, tiny_tokenizer
 
@@ -96,13 +96,12 @@ def test_prose_is_told_from_code_tables_and_signatures():
 @pytest.fixture
 def few_files(monkeypatch):
     """The language reference alone: all of an installation takes ten seconds."""
-    from pathlib import Path
-
     import pydoc_data.topics
+    from pathlib import Path
 
     python_prose.cache_clear()
     files = [Path(pydoc_data.topics.__file__)]
-    monkeypatch.setattr("rnnzoo.conversions.data.python_prose._files", lambda: files)
+    monkeypatch.setattr("rnnzoo.conversions.data.installed._files", lambda: files)
     yield
     python_prose.cache_clear()
 

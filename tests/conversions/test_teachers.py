@@ -1,4 +1,4 @@
-"""Teachers: every family gives its tensors under the student's names, and whatever is wrong is said in one sentence."""
+"""Teachers: every family gives its tensors under the student's names, and what is wrong is said in one sentence."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from rnnzoo.conversions.teachers import FAMILIES, resolve_teacher
 from rnnzoo.conversions.teachers import embedded as embedded_module
 from rnnzoo.conversions.teachers.files import cache_root, content_hash, user_errors
 from rnnzoo.kernels.errors import RnnzooError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .tiny import TINY_FAMILIES, tiny_config, tiny_teacher
 

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+
 from rnnzoo.conversions.teachers import FAMILIES, resolve_teacher
 from rnnzoo.conversions.teachers.gguf import _gguf_name
 from rnnzoo.kernels.errors import RnnzooError
