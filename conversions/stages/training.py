@@ -46,9 +46,15 @@ class StageTrainer(Trainer):
         self.twin = twin
         self.model_accepts_loss_kwargs = False
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """bfloat16 products where the run is in bfloat16, whatever the wrapped model's own forward does."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16)
+    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor) -> Tensor:
+        """Mean over the tokens of ids, seq_ids (B, T)."""
+        raise NotImplementedError
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # Trainer's own autocast covers the wrapped model's forward only, not the head and the losses.
+        with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.args.bf16):
+            loss = self.loss(model, inputs["input_ids"], inputs["seq_ids"])
+        return (loss, None) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -72,8 +78,7 @@ class StageTrainer(Trainer):
 class TrainEndToEnd(StageTrainer):
     """KL to the teacher and cross-entropy on the final hidden states; logits never in full."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids, seq_ids = inputs["input_ids"], inputs["seq_ids"]
+    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor) -> Tensor:
         stage = self.stage
         hidden = self._final_hidden(model, ids, seq_ids)
         head = self.accelerator.unwrap_model(model).lm_head
@@ -95,7 +100,7 @@ class TrainEndToEnd(StageTrainer):
             loss = loss + stage.ce * linear_cross_entropy(
                 hidden.flatten(0, 1), head.weight, labels.flatten(), bias=head.bias, z_loss=stage.z_loss
             )
-        return (loss, None) if return_outputs else loss
+        return loss
 
     def _final_hidden(self, model: nn.Module, ids: Tensor, seq_ids: Tensor) -> Tensor:
         """(B, T, D), through the wrapped model's own forward, as autocast and FSDP need it."""
@@ -112,8 +117,7 @@ class TrainEndToEnd(StageTrainer):
 class AlignLayers(StageTrainer):
     """Every converted mixer on its teacher layer's inputs, all layers at once."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids, seq_ids = inputs["input_ids"], inputs["seq_ids"]
+    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor) -> Tensor:
         student = self.accelerator.unwrap_model(model)
         seen: list[tuple[Tensor, Tensor]] = []
         hooks = [
@@ -130,14 +134,10 @@ class AlignLayers(StageTrainer):
         losses = []
         for block, (given, wanted) in zip(student.model.layers, seen, strict=True):
             if any(p.requires_grad for p in block.mixer.parameters()):
-                with self.compute_loss_context_manager(), torch.autocast(
-                    ids.device.type, given.dtype, enabled=given.dtype == torch.bfloat16
-                ):
-                    said, _ = block.mixer(given, None, ctx)
+                said, _ = block.mixer(given, None, ctx)
                 wanted = wanted.float()
                 losses.append((said.float() - wanted).pow(2).sum() / wanted.pow(2).sum())
-        loss = torch.stack(losses).mean()
-        return (loss, None) if return_outputs else loss
+        return torch.stack(losses).mean()
 
 
 def is_new(name: str) -> bool:

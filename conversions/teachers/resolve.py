@@ -267,9 +267,10 @@ def _offline_by_choice() -> bool:
 def _load_folder(folder: Path, ref: TeacherRef, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with quiet_loading():
-            model, info = ref.family.model_class.from_pretrained(
+            loaded: Any = ref.family.model_class.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, local_files_only=True
             )
+        model, info = loaded
     except (RuntimeError, ValueError, KeyError) as error:
         raise RnnzooError(f"The weights in {folder} do not fit its config.json: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
