@@ -263,7 +263,9 @@ class _Job:
         from .stages.calibrate import allocate, fit_features, measure_windows
 
         if self.recipe.student != "hedgehog":
-            raise RnnzooError(f"The stage {name} calibrates hedgehog layers; the recipe's student is {self.recipe.student}.")
+            raise RnnzooError(
+                f"The stage {name} calibrates hedgehog layers; the recipe's student is {self.recipe.student}."
+            )
         started = time.monotonic()
         data = self.packed("calibration", self.recipe.calibration_tokens)
         config = student.config
@@ -361,7 +363,11 @@ class _Job:
             if (self.run.folder / "data" / f"{name}.safetensors").exists():
                 refuse_overlap(hashes, self.packed(name, 0).hashes)
         results = self.results()
-        record = {"sha256": hashes.sha256, "source": results["conversion"]["data"]["training"]["source"], "characters": sum(map(len, texts))}
+        record = {
+            "sha256": hashes.sha256,
+            "source": results["conversion"]["data"]["training"]["source"],
+            "characters": sum(map(len, texts)),
+        }
         results["conversion"]["data"]["evaluation"] = record
         write_json(self.run.out / "results.json", results)
         return evaluate(
@@ -388,7 +394,9 @@ def _continue_from(student: Any, previous: Any) -> None:
         proj = old.mixer.proj
         weights = {name: getattr(proj, f"{name}_proj").weight for name in "qkvo"}
         weights |= {f"{name}_bias": getattr(proj, f"{name}_proj").bias for name in "qkvo"}
-        norms = {name: None if getattr(proj, name) is None else getattr(proj, name).weight for name in ("q_norm", "k_norm")}
+        norms = {
+            name: None if getattr(proj, name) is None else getattr(proj, name).weight for name in ("q_norm", "k_norm")
+        }
         sizes = dict(num_heads=proj.num_heads, num_kv_heads=proj.num_kv_heads, head_dim=proj.head_dim)
         new.mixer.init_from_attention(AttentionWeights(**weights, **norms, **sizes))
         fresh = new.mixer.state_dict()

@@ -65,7 +65,11 @@ def make_plan(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Plan(
         {
-            "teacher": {"name": found.name, "family": found.family.model_type, "licence": found.licence or "not stated"},
+            "teacher": {
+                "name": found.name,
+                "family": found.family.model_type,
+                "licence": found.licence or "not stated",
+            },
             "parameters": found.parameters,
             "recipe": {"name": chosen.name, "student": chosen.student, "steps": keep_steps(chosen, len(types))},
             "kept_attention": kept,

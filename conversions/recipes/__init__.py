@@ -1,13 +1,13 @@
 """Recipes: YAML files that name a student mixer, the layers kept as attention, and the stages with their tokens.
 
-    name, description, source       who it is and where it comes from
-    student, student_options        the mixer, and fields of its configuration
-    keep                            layers that stay attention: none, a share such as 1/4, or a list of numbers
-    state_budget                    bytes of recurrent state in all, divided among windows by measured error
-    seq_len, tokens, batch_tokens   length of a training sequence; training tokens in all; tokens of an optimiser step
-    calibration_tokens              text of the closed-form stage
-    progressive                     convert 1/2, 3/4, 7/8 ... of the layers, with a full run of the stages at each step
-    stages                          list of {name, kind: calibrate | align | train, share, ...}, see `Stage`
+name, description, source       who it is and where it comes from
+student, student_options        the mixer, and fields of its configuration
+keep                            layers that stay attention: none, a share such as 1/4, or a list of numbers
+state_budget                    bytes of recurrent state in all, divided among windows by measured error
+seq_len, tokens, batch_tokens   length of a training sequence; training tokens in all; tokens of an optimiser step
+calibration_tokens              text of the closed-form stage
+progressive                     convert 1/2, 3/4, 7/8 ... of the layers, with a full run of the stages at each step
+stages                          list of {name, kind: calibrate | align | train, share, ...}, see `Stage`
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def load_recipe(name: str) -> Recipe:
     names = sorted(file.stem for file in FOLDER.glob("*.yaml"))
     path = FOLDER / f"{name}.yaml" if name in names else Path(name).expanduser()
     if not path.is_file():
-        raise RnnzooError(f"There is no recipe {name!r}; known are {', '.join(names)}, or give the path of a YAML file.")
+        raise RnnzooError(
+            f"There is no recipe {name!r}; known are {', '.join(names)}, or give the path of a YAML file."
+        )
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -168,7 +168,9 @@ def allocate(measured: Measured, converted: list[int], slots: int) -> list[list[
     chosen = dict.fromkeys(heads, 0)
     spent = len(heads) * measured.candidates[0]
     if slots < spent:
-        raise RnnzooError(f"The state budget leaves {slots} window tokens for {len(heads)} kv heads; give a larger one.")
+        raise RnnzooError(
+            f"The state budget leaves {slots} window tokens for {len(heads)} kv heads; give a larger one."
+        )
     errors = measured.errors.tolist()
     while True:
         best = None
@@ -193,9 +195,7 @@ def allocate(measured: Measured, converted: list[int], slots: int) -> list[list[
 
 
 @torch.no_grad()
-def fit_features(
-    student: RecurrentForCausalLM, twin: RecurrentForCausalLM, data: PackedTokens, seed: int
-) -> None:
+def fit_features(student: RecurrentForCausalLM, twin: RecurrentForCausalLM, data: PackedTokens, seed: int) -> None:
     """Sets prototypes, decay and scale of the student's Hedgehog layers in place, from one sequence."""
     from ...zoo.hedgehog.modeling_hedgehog import HedgehogMixer
 

@@ -12,7 +12,13 @@ from rnnzoo.zoo.core.registry import known_mixers
 # Sizes at which a mixer's machinery (windows, groups, limits) is at work within a dozen tokens.
 TINY = {
     "sliding_attention": {"sliding_window": 4},
-    "hedgehog": {"window_sizes": None, "window_size": 3, "num_sinks": 2, "feature_map": "prototype", "feature_width": 4},
+    "hedgehog": {
+        "window_sizes": None,
+        "window_size": 3,
+        "num_sinks": 2,
+        "feature_map": "prototype",
+        "feature_width": 4,
+    },
     "mamba2": {"ssm_state_size": 6, "ssm_num_heads": 4, "ssm_groups": 2, "ssm_conv_kernel": 3, "intermediate_size": 0},
 }
 HYBRID = ("mamba2", "full_attention", "supra", "sliding_attention")
