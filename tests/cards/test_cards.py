@@ -197,7 +197,7 @@ def test_only_plots_that_exist_are_shown(tmp_path):
         ("12.50 ± 0.40", " ", "cell is empty"),
         ("12.50 ± 0.40", "12.50 | 0.40", "different numbers of cells"),
         ("## Limits", "{{ x }}\n\n## Limits", "template marks"),
-        ("## Limits", "see /srv/me/x\n\n## Limits", "path of one machine"),
+        ("## Limits", "see /" + "home/me/x\n\n## Limits", "path of one machine"),
         ("## Limits", "[this](missing.png)\n\n## Limits", "leads nowhere"),
     ],
 )
