@@ -19,6 +19,7 @@ import yaml
 
 from ..kernels.errors import RnnzooError
 from ..zoo.core.registry import ATTENTION_TYPES
+from .memory import keep_freed_memory
 from .recipes import Recipe, load_recipe, parse_keep
 from .run import Run, open_run, write_json
 from .student import attention_twin, build_student, causal_lm_class, layer_types, state_bytes, student_config
@@ -66,6 +67,7 @@ def convert(
     """
     if dtype not in ("bfloat16", "float32"):
         raise RnnzooError(f"dtype is {dtype!r}; expected bfloat16 or float32.")
+    keep_freed_memory()
     found = resolve_teacher(teacher, revision=revision)
     chosen = prepare_recipe(recipe, found, keep=keep, state_budget=state_budget, tokens=tokens, seq_len=seq_len)
     request = {

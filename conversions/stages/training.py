@@ -46,14 +46,17 @@ class StageTrainer(Trainer):
         self.twin = twin
         self.model_accepts_loss_kwargs = False
 
-    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor) -> Tensor:
-        """Mean over the tokens of ids, seq_ids (B, T)."""
+    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None) -> Tensor:
+        """Mean over the tokens of ids (B, T); seq_ids (B, T), None where each row is one document."""
         raise NotImplementedError
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # Trainer's own autocast covers the wrapped model's forward only, not the head and the losses.
         with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.args.bf16):
-            loss = self.loss(model, inputs["input_ids"], inputs["seq_ids"])
+            seq_ids = inputs["seq_ids"]
+            if bool((seq_ids == seq_ids[:, :1]).all()):
+                seq_ids = None  # rows of one document each need no masks
+            loss = self.loss(model, inputs["input_ids"], seq_ids)
         return (loss, None) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -78,7 +81,7 @@ class StageTrainer(Trainer):
 class TrainEndToEnd(StageTrainer):
     """KL to the teacher and cross-entropy on the final hidden states; logits never in full."""
 
-    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None) -> Tensor:
         stage = self.stage
         hidden = self._final_hidden(model, ids, seq_ids)
         head = self.accelerator.unwrap_model(model).lm_head
@@ -102,7 +105,7 @@ class TrainEndToEnd(StageTrainer):
             )
         return loss
 
-    def _final_hidden(self, model: nn.Module, ids: Tensor, seq_ids: Tensor) -> Tensor:
+    def _final_hidden(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None) -> Tensor:
         """(B, T, D), through the wrapped model's own forward, as autocast and FSDP need it."""
         found: list[Tensor] = []
         norm = self.accelerator.unwrap_model(model).model.norm
@@ -117,7 +120,7 @@ class TrainEndToEnd(StageTrainer):
 class AlignLayers(StageTrainer):
     """Every converted mixer on its teacher layer's inputs, all layers at once."""
 
-    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None) -> Tensor:
         student = self.accelerator.unwrap_model(model)
         seen: list[tuple[Tensor, Tensor]] = []
         hooks = [
@@ -145,11 +148,12 @@ def is_new(name: str) -> bool:
     return ".mixer." in name and not any(part in name for part in (".proj.", "in_proj", "out_proj"))
 
 
-def next_tokens(ids: Tensor, seq_ids: Tensor) -> Tensor:
+def next_tokens(ids: Tensor, seq_ids: Tensor | None) -> Tensor:
     """Labels (B, T): the next token, -100 at the end of a document and of the row."""
     labels = torch.full_like(ids, -100)
-    same = seq_ids[:, 1:] == seq_ids[:, :-1]
-    labels[:, :-1] = torch.where(same, ids[:, 1:], -100)
+    labels[:, :-1] = ids[:, 1:]
+    if seq_ids is not None:
+        labels[:, :-1].masked_fill_(seq_ids[:, 1:] != seq_ids[:, :-1], -100)
     return labels
 
 
