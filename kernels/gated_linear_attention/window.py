@@ -68,11 +68,31 @@ def windowed_attention(
         initial = None if earlier is None else earlier.s
         linear, s = linear_attention(q, late_k, late_v, g, None, scale, initial, resets, keep)
         o = _share_denominator(o, lse, largest, linear, window.factor)
+    else:
+        # Nothing has left the window yet. Zero gradients, not none: distributed training waits for every parameter.
+        o = _ZeroGradients.apply(o, q, k, g, window.factor)
     o = o.to(v.dtype)
     if keep is not None and back is not None:
         o = take(torch.where(keep[..., None, None], o, 0.0), back)
     last = (valid - 1).clamp(min=0)[:, None]
     return o, WindowState(s, *final_rings(window, v, state, starts.gather(1, last)[:, 0], valid))
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """The first tensor unchanged; the others, or None, get a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx, o: Tensor, *others: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*others)
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        zeros = (
+            torch.zeros_like(x) if needed else None
+            for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        )
+        return grad, *zeros
 
 
 def _reorder(x: Tensor, order: Tensor, keep: Tensor) -> Tensor:
