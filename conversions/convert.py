@@ -277,8 +277,11 @@ class _Job:
         if self.recipe.state_budget is not None:
             least = student_config(self.teacher, self.recipe, config.layer_types, window_sizes=sizes)
             fixed = state_bytes(least, self.recipe.student, self.dtype)
-            token = 2 * config.head_dim * self.dtype.itemsize
             heads = len(converted) * config.num_key_value_heads
+            longer = student_config(
+                self.teacher, self.recipe, config.layer_types, window_sizes=[[2] * len(row) for row in sizes]
+            )
+            token = (state_bytes(longer, self.recipe.student, self.dtype) - fixed) // heads
             slots = (self.recipe.state_budget - fixed) // token + heads
             report = lambda done, total: self.progress(name, done, total, {})  # noqa: E731
             measured = measure_windows(self.twin, data, sinks, self.seed, report)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Measured", "allocate", "fit_features", "measure_windows"]
 
-CANDIDATES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+CANDIDATES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
 ROWS = 384
 Progress = Callable[[int, int], None]
 

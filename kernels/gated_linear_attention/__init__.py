@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..dispatch import dispatch, register
 from ..errors import RnnzooError, ShapeError
-from .state import Window, WindowState, ring_positions
+from .state import Window, WindowState, ring_offsets, ring_positions
 
-__all__ = ["Window", "WindowState", "gated_linear_attention", "ring_positions"]
+__all__ = ["Window", "WindowState", "gated_linear_attention", "ring_offsets", "ring_positions"]
 
 
 def _chunked():

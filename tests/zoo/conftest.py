@@ -21,8 +21,10 @@ TINY = {
     },
     "mamba2": {"ssm_state_size": 6, "ssm_num_heads": 4, "ssm_groups": 2, "ssm_conv_kernel": 3, "intermediate_size": 0},
 }
+# Keys and values in few bits: a variant of a mixer is its name, a colon, and what is different.
+TINY["hedgehog:rings"] = TINY["hedgehog"] | {"ring_bits": [8, 4]}
 HYBRID = ("mamba2", "full_attention", "supra", "sliding_attention")
-STACKS = [(name, name) for name in known_mixers()] + [HYBRID]
+STACKS = [(name, name) for name in (*known_mixers(), "hedgehog:rings")] + [HYBRID]
 
 
 def tiny_config(stack: tuple[str, ...], heads: int = 4, kv_heads: int = 2, **overrides) -> RecurrentConfig:
@@ -30,7 +32,8 @@ def tiny_config(stack: tuple[str, ...], heads: int = 4, kv_heads: int = 2, **ove
     fields = {"intermediate_size": 24, "sliding_window": 4}
     for name in stack:
         fields |= {k: v for k, v in TINY.get(name, {}).items() if k != "intermediate_size" or len(set(stack)) == 1}
-    sizes = {"vocab_size": 61, "hidden_size": 8 * heads, "num_hidden_layers": len(stack), "layer_types": list(stack)}
+    types = [name.split(":")[0] for name in stack]
+    sizes = {"vocab_size": 61, "hidden_size": 8 * heads, "num_hidden_layers": len(stack), "layer_types": types}
     heads_of = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 8}
     return RecurrentConfig(**(sizes | heads_of | {"initializer_range": 0.2} | fields | overrides))
 

@@ -23,6 +23,8 @@ def dtype(request) -> torch.dtype:
 @pytest.fixture
 def models(stack, dtype, make_model):
     """Model by (heads, kv heads); built once per test, not once per example."""
+    if dtype == torch.float32 and "hedgehog:rings" in stack:
+        pytest.skip("rounding to a coarse grid makes a step of the grid of a difference in the last bit")
     return functools.cache(lambda heads, kv_heads: make_model(stack, dtype, heads=heads, kv_heads=kv_heads).model)
 
 

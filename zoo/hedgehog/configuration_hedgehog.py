@@ -22,6 +22,8 @@ class HedgehogConfig(RecurrentConfig):
         feature_map: "softmax": phi(x) = [softmax(xW), softmax(-xW)] of the rotated heads (Hedgehog, LoLCATs);
             "prototype": phi(k) = exp(k C), phi(q) = softmax(qU + b) * exp(a) of the heads before rotation.
         feature_width: width of phi, 0 for no linear state; None: 2 * head_dim.
+        ring_bits: bits, 4 or 8, of the keys and of the values in window and sinks, in blocks that share a power of
+            two (see `zoo/core/microscaling.py`); None: they keep the type of the activations.
     """
 
     model_type = "rnnzoo-hedgehog"
@@ -33,6 +35,7 @@ class HedgehogConfig(RecurrentConfig):
     sink_distance: int | None = None
     feature_map: str = "softmax"
     feature_width: int | None = None
+    ring_bits: list[int] | None = None
 
     @staticmethod
     def derive(config: RecurrentConfig) -> None:
@@ -44,6 +47,13 @@ class HedgehogConfig(RecurrentConfig):
             raise ValueError(f"feature_map must be 'softmax' or 'prototype', got {config.feature_map!r}.")
         if config.feature_map == "softmax" and config.feature_width % 2:
             raise ValueError(f"feature_width must be even for softmax features, got {config.feature_width}.")
+        if config.ring_bits is not None and (
+            len(config.ring_bits) != 2 or not set(config.ring_bits) <= {4, 8} or config.head_dim % 2
+        ):
+            raise ValueError(
+                "ring_bits must be two numbers of 4 or 8, of keys and of values, and head_dim even; got "
+                f"ring_bits={config.ring_bits}, head_dim={config.head_dim}."
+            )
         if config.window_sizes is not None and len(config.window_sizes) != config.num_hidden_layers:
             raise ValueError(
                 f"window_sizes has {len(config.window_sizes)} entries, but num_hidden_layers is "

@@ -11,6 +11,9 @@ for one prototype query c_f, phi(k)_f = exp(k c_f), and a query mixes the protot
 Without rotation the linear part does not know positions, so it holds at any length; sinks are seen from at most
 `sink_distance` tokens away (StreamingLLM, Xiao et al. 2024, keeps positions inside its cache for the same reason).
 
+With `ring_bits`, keys and values are rounded to 4 or 8 bits as soon as they are made, and kept so: the window is two or
+three times as long in the same bytes.
+
 B batch, T time, D hidden_size, H query heads, Hk kv heads, d head_dim, F feature_width, R ring rows.
 """
 
@@ -22,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ...kernels.gated_linear_attention import Window, WindowState, gated_linear_attention, ring_positions
+from ...kernels.gated_linear_attention import Window, WindowState, gated_linear_attention, ring_offsets, ring_positions
 from ..core.attention import AttentionProjections
+from ..core.microscaling import Packed, pack, quantise
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
 from ..core.modeling import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from ..core.registry import register_mixer
@@ -41,6 +45,50 @@ class HedgehogState(MixerState):
 
     window: WindowState
 
+    def unpack(self, dtype: torch.dtype) -> WindowState:
+        """What the kernel takes."""
+        return self.window
+
+
+@dataclasses.dataclass
+class PackedHedgehogState(MixerState):
+    """The same with rings and sinks in few bits; fields and shapes as in `WindowState`. Gradients stop at it."""
+
+    s: Tensor
+    ring_k: Packed
+    ring_v: Packed
+    sink_k: Packed
+    sink_v: Packed
+    count: Tensor
+
+    def unpack(self, dtype: torch.dtype) -> WindowState:
+        """What the kernel takes."""
+        rings = (x.unpack(dtype) for x in (self.ring_k, self.ring_v, self.sink_k, self.sink_v))
+        return WindowState(self.s, *rings, self.count)
+
+    def after_one(self, new: WindowState, lengths: tuple[int, ...], k: Packed, v: Packed) -> PackedHedgehogState:
+        """The state after one token, k and v (B, Hk, d): rings and sinks are not packed again, only written to."""
+        rows = torch.arange(len(self.count), device=self.count.device)[:, None]
+        offsets = torch.tensor(ring_offsets(lengths), device=self.count.device)
+        slots = torch.remainder(self.count[:, None], torch.tensor(lengths, device=self.count.device)) + offsets
+        sinks = torch.arange(self.sink_k.codes.shape[2], device=self.count.device)
+        written = (sinks == self.count[:, None])[:, None, :, None]
+
+        def ring(old: Packed, one: Packed) -> Packed:
+            return Packed(
+                old.codes.index_put((rows, slots), one.codes), old.exponents.index_put((rows, slots), one.exponents)
+            )
+
+        def sink(old: Packed, one: Packed) -> Packed:
+            return Packed(
+                torch.where(written, one.codes[:, :, None], old.codes),
+                torch.where(written, one.exponents[:, :, None], old.exponents),
+            )
+
+        return PackedHedgehogState(
+            new.s, ring(self.ring_k, k), ring(self.ring_v, v), sink(self.sink_k, k), sink(self.sink_v, v), new.count
+        )
+
 
 @register_mixer("hedgehog")
 class HedgehogMixer(Mixer):
@@ -54,6 +102,7 @@ class HedgehogMixer(Mixer):
         self.lengths = tuple(sizes)
         self.features = config.feature_width
         self.prototypes = config.feature_map == "prototype"
+        self.bits = config.ring_bits
         columns = self.features if self.prototypes else self.features // 2
         self.query_map = nn.Parameter(torch.empty(heads, width, columns))
         self.key_map = nn.Parameter(torch.empty(kv_heads, width, columns))
@@ -82,11 +131,20 @@ class HedgehogMixer(Mixer):
     def init_from_attention(self, weights: AttentionWeights) -> None:
         self.proj.load(weights)
 
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> HedgehogState:
-        width = self.proj.head_dim
-        sinks = self.config.num_sinks
-        return HedgehogState(
-            WindowState.zeros(batch, self.lengths, sinks, width, self.features, width, dtype=dtype, device=device)
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> HedgehogState | PackedHedgehogState:
+        width, sinks = self.proj.head_dim, self.config.num_sinks
+        empty = WindowState.zeros(batch, self.lengths, sinks, width, self.features, width, dtype=dtype, device=device)
+        return HedgehogState(empty) if self.bits is None else self._pack(empty)
+
+    def _pack(self, state: WindowState) -> PackedHedgehogState:
+        k_bits, v_bits = self.bits
+        return PackedHedgehogState(
+            state.s,
+            pack(state.ring_k, k_bits),
+            pack(state.ring_v, v_bits),
+            pack(state.sink_k, k_bits),
+            pack(state.sink_v, v_bits),
+            state.count,
         )
 
     def _query_features(self, q: Tensor) -> Tensor:
@@ -127,36 +185,45 @@ class HedgehogMixer(Mixer):
             offset += length
         return features
 
-    def forward(self, hidden: Tensor, state: HedgehogState | None, ctx: Context):
+    def forward(self, hidden: Tensor, state: HedgehogState | PackedHedgehogState | None, ctx: Context):
         q, k, v = self.proj.split(hidden)
-        turned_q, turned_k = ctx.rotary.rotate(q, ctx.positions), ctx.rotary.rotate(k, ctx.positions)
+        turned_q, turned_k = ctx.rotary.rotate(q, ctx.positions), ctx.rotary.rotate(k, ctx.positions).to(v.dtype)
+        if self.bits is not None:
+            turned_k, v = quantise(turned_k, self.bits[0]), quantise(v, self.bits[1])
+            k = ctx.rotary.unrotate(turned_k, ctx.positions)
         base_q, base_k = (q, k) if self.prototypes else (turned_q, turned_k)
-        ring_features = None
-        if state is not None:
-            ring_features = self._ring_features(state.window, ctx, k.shape[1])
+        before = None if state is None else state.unpack(v.dtype)
         far = ctx.positions.max() >= self.config.sink_distance
         near = ctx.positions.clamp(max=self.config.sink_distance)
         window = Window(
             q=turned_q,
-            k=turned_k.to(v.dtype),
+            k=turned_k,
             lengths=self.lengths,
             sinks=self.config.num_sinks,
             q_sink=ctx.rotary.rotate(q, near) if bool(far) else None,
             factor=None if self.prototypes else self.log_factor.exp(),
             anchor="absolute" if self.prototypes else "max",
-            ring_features=ring_features,
+            ring_features=None if before is None else self._ring_features(before, ctx, k.shape[1]),
         )
-        o, new = gated_linear_attention(
+        o, after = gated_linear_attention(
             self._query_features(base_q),
             self._key_features(base_k),
             v,
             self.log_decay.clamp(max=0),
             window=window,
-            initial_state=None if state is None else state.window,
+            initial_state=before,
             seq_ids=ctx.seq_ids,
             mask=ctx.mask,
         )
-        return self.proj.o_proj(o.flatten(-2)), None if state is None else HedgehogState(new)
+        o = self.proj.o_proj(o.flatten(-2))
+        if state is None:
+            return o, None
+        if self.bits is None:
+            return o, HedgehogState(after)
+        if k.shape[1] == 1 and ctx.mask is None:
+            new_k, new_v = pack(turned_k[:, 0], self.bits[0]), pack(v[:, 0], self.bits[1])
+            return o, state.after_one(after, self.lengths, new_k, new_v)
+        return o, self._pack(after)
 
 
 def _accurate(x: Tensor) -> Tensor:
