@@ -7,9 +7,12 @@ import re
 import shlex
 from typing import Any
 
+import yaml
+
 __all__ = ["COLUMNS", "NOT_MEASURED", "View"]
 
 NOT_MEASURED = "not measured"
+_OPTIONS = ("keep", "state-budget", "tokens", "seq-len")
 COLUMNS = ("student", "teacher", "window")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -55,7 +58,10 @@ def tokens(value: Any) -> str:
 
 def cell(text: Any) -> str:
     """Text that cannot break a table or a line."""
-    return NOT_MEASURED if text in (None, "") else " ".join(str(text).replace("|", "\\|").split())
+    if text in (None, ""):
+        return NOT_MEASURED
+    shown = "".join(letter if letter.isprintable() else " " for letter in str(text))
+    return " ".join(shown.replace("|", "\\|").split())
 
 
 class View:
@@ -145,14 +151,32 @@ class View:
     def sample_rows(self) -> list[list[str]]:
         return [[cell(sample["prompt"]), cell(sample["output"])] for sample in self.samples]
 
+    def state(self) -> str:
+        """Bytes of state; those of layers that are attention grow with the context."""
+        more = self.model.get("state_bytes_per_token")
+        return size(self.model.get("state_bytes")) + (f", and {size(more)} for each token of context" if more else "")
+
+    def teacher_revision(self) -> str:
+        """The commit or content hash, with the branch or tag that was asked for."""
+        sha, asked = self.teacher.get("sha"), self.teacher.get("revision")
+        return cell(sha) if asked in (None, sha) else f"{cell(asked)} ({cell(sha)})"
+
     def environment_rows(self) -> list[list[str]]:
         return [[cell(name), cell(value)] for name, value in self.environment.items()]
 
     def convert_command(self) -> str:
-        """As the run recorded it, else what teacher and recipe say."""
-        recorded = self.conversion.get("command")
+        """With the values that the run had, the recipe's own or the user's."""
         words = ["rnnzoo", "convert", self._teacher_word(), "--recipe", self.recipe.get("name") or "RECIPE"]
-        return recorded or shlex.join([*words, "--out", self.name])
+        try:
+            recipe = yaml.safe_load(self.recipe.get("yaml") or "")
+        except yaml.YAMLError:
+            recipe = None
+        settings = recipe if isinstance(recipe, dict) else {}
+        options = {option: settings.get(option.replace("-", "_")) for option in _OPTIONS}
+        options |= {"seed": self.conversion.get("seed"), "dtype": self.model.get("dtype")}
+        for option, value in options.items():
+            words += [] if value is None else [f"--{option}", str(value)]
+        return shlex.join([*words, "--out", self.name])
 
     def eval_command(self) -> str:
         return shlex.join(["rnnzoo", "eval", self.name, "--against", self._teacher_word()])
@@ -227,18 +251,24 @@ class View:
         table: list[list[Any]] = []
         for index, kind in enumerate(types):
             window = windows[index] if index < len(windows) and windows[index] else None
-            shown = ", ".join(str(w) for w in window) if window else "none"
+            whole = "all" if kind == "full_attention" else "none"
+            shown = ", ".join(str(w) for w in window) if window else whole
             if table and table[-1][2:] == [kind, shown]:
                 table[-1][1] = index
             else:
                 table.append([index, index, kind, shown])
         return [[str(a) if a == b else f"{a} to {b}", kind, shown] for a, b, kind, shown in table]
 
+    @staticmethod
+    def _amount(part: Row) -> str:
+        unit = next((unit for unit in ("tokens", "characters") if part.get(unit) is not None), None)
+        return NOT_MEASURED if unit is None else f"{part[unit]:,} {unit}"
+
     def data(self) -> list[list[str]]:
-        """[use, source, tokens, SHA-256]: of the conversion and of every evaluation set."""
+        """[use, source, size, SHA-256]: of the conversion and of every evaluation set."""
         parts = self.conversion.get("data") or {}
         table = [
-            [use, cell(part.get("source")), count(part.get("tokens")), cell(part.get("sha256"))]
+            [use, cell(part.get("source")), self._amount(part), cell(part.get("sha256"))]
             for use, part in parts.items()
             if isinstance(part, dict)
         ]

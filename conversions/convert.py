@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import platform
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,23 @@ import yaml
 from ..kernels.errors import RnnzooError
 from ..zoo.core.registry import ATTENTION_TYPES
 from .memory import keep_freed_memory
-from .recipes import Recipe, load_recipe, parse_keep
-from .run import Run, open_run, write_json
-from .student import attention_twin, build_student, causal_lm_class, layer_types, state_bytes, student_config
+from .prepare import keep_steps, prepare_recipe
+from .recipes import Recipe, parse_keep
+from .run import Run, holds_run, open_run, write_json
+from .student import (
+    attention_twin,
+    build_student,
+    causal_lm_class,
+    continue_from,
+    layer_types,
+    state_bytes,
+    student_config,
+    window_slots,
+)
 from .teachers import TeacherRef, resolve_teacher
+from .teachers.files import user_errors
 
-__all__ = ["convert", "prepare_recipe"]
+__all__ = ["convert"]
 
 log = logging.getLogger(__name__)
 EVALUATION_CHARACTERS = 400_000
@@ -69,7 +81,13 @@ def convert(
         raise RnnzooError(f"dtype is {dtype!r}; expected bfloat16 or float32.")
     keep_freed_memory()
     found = resolve_teacher(teacher, revision=revision)
-    chosen = prepare_recipe(recipe, found, keep=keep, state_budget=state_budget, tokens=tokens, seq_len=seq_len)
+    own = {"keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}
+    chosen = prepare_recipe(recipe, found, **own, dtype=getattr(torch, dtype))
+    if data and (restart or not holds_run(out)):
+        from .data import open_corpus
+
+        # Unusable data must be told before an earlier run is discarded.
+        next(open_corpus(data, text_field).documents("training"), None)
     request = {
         "teacher": found.sha,
         "recipe": chosen.to_dict(),
@@ -81,55 +99,20 @@ def convert(
     run = open_run(out, request, restart)
     job = _Job(run, found, chosen, data, text_field, seed, getattr(torch, dtype), progress or (lambda *_: None))
     try:
-        if run.record("finished") is None:
-            job.stages()
-        results = job.results()
-        if evaluate:
-            results = job.evaluate()
-        from ..cards import render_card
+        with user_errors(f"The conversion into {out} stopped, and the same command will go on with it"):
+            if run.record("finished") is None:
+                job.stages()
+            results = job.results()
+            if evaluate:
+                results = job.evaluate()
+            from ..cards import render_card
 
-        render_card(run.out)
-    except OSError as error:
-        raise RnnzooError(
-            f"Writing to {out} failed: {error.strerror or error}; make room or choose another folder, then run the same "
-            "command again to go on."
-        ) from error
+            render_card(run.out)
+    except RnnzooError:
+        if not run.stages:
+            run.discard()
+        raise
     return results
-
-
-def prepare_recipe(
-    name: str,
-    teacher: TeacherRef,
-    *,
-    keep: str | None = None,
-    state_budget: int | None = None,
-    tokens: int | None = None,
-    seq_len: int | None = None,
-) -> Recipe:
-    """A recipe with the user's own values, checked against the teacher."""
-    from .data import check_sequence_length
-
-    recipe = load_recipe(name)
-    given = {"keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}
-    recipe = dataclasses.replace(recipe, **{key: value for key, value in given.items() if value is not None})
-    if seq_len is None:
-        recipe.seq_len = min(recipe.seq_len, teacher.config.max_position_embeddings)
-    check_sequence_length(recipe.seq_len, teacher.config, f"The teacher {teacher.name}")
-    if state_budget is not None and recipe.student != "hedgehog":
-        raise RnnzooError(
-            f"--state-budget divides windows, but the recipe {recipe.name} has none: its state has a fixed size."
-        )
-    parse_keep(recipe.keep, teacher.config.num_hidden_layers)
-    return recipe
-
-
-def keep_steps(recipe: Recipe, layers: int) -> list[str]:
-    """What stays attention at each step: progressively less, or the end at once."""
-    target = set(parse_keep(recipe.keep, layers))
-    if not recipe.progressive:
-        return [recipe.keep]
-    shares = [f"1/{n}" for n in (2, 4, 8) if n <= layers]
-    return [share for share in shares if set(parse_keep(share, layers)) > target] + [recipe.keep]
 
 
 class _Job:
@@ -227,6 +210,7 @@ class _Job:
         steps = keep_steps(self.recipe, layers)
         folder = self.run.student_folder()
         student = None if folder is None else causal_lm_class(self.recipe.student).from_pretrained(folder).float()
+        self._prepare_data()
         used = 0
         for number, keep in enumerate(steps):
             prefix = f"{number + 1}-" if len(steps) > 1 else ""
@@ -242,7 +226,9 @@ class _Job:
                 rows = max(1, tokens // self.recipe.seq_len) if tokens else 0
                 if self.run.record(name) is None:
                     if stage.kind == "calibrate":
-                        student, report = self._calibrate(student, name)
+                        earlier = parse_keep(steps[number - 1], layers) if number else range(layers)
+                        fresh = sorted(set(earlier) - set(parse_keep(keep, layers)))
+                        student, report = self._calibrate(student, name, fresh)
                     elif rows == 0:
                         continue
                     else:
@@ -258,37 +244,35 @@ class _Job:
         config = student_config(self.teacher, self.recipe, types)
         student = build_student(self.teacher, self.model, config, self.recipe.student, torch.float32, self.seed)
         if previous is not None:
-            _continue_from(student, previous)
+            continue_from(student, previous)
         return student
 
-    def _calibrate(self, student: Any, name: str) -> tuple[Any, dict[str, Any]]:
+    def _prepare_data(self) -> None:
+        """Makes all rows before the first stage, so that unusable text stops a run before it began."""
+        kinds = {stage.kind for stage in self.recipe.stages}
+        if self.recipe.tokens and kinds & {"align", "train"}:
+            self.packed("training", self.recipe.tokens)
+        elif "calibrate" in kinds:
+            self.packed("calibration", self.recipe.calibration_tokens)
+
+    def _calibrate(self, student: Any, name: str, fresh: list[int]) -> tuple[Any, dict[str, Any]]:
+        """Windows for all converted layers; features for the layers `fresh`, converted since the last calibration."""
         from .stages.calibrate import allocate, fit_features, measure_windows
 
-        if self.recipe.student != "hedgehog":
-            raise RnnzooError(
-                f"The stage {name} calibrates hedgehog layers; the recipe's student is {self.recipe.student}."
-            )
         started = time.monotonic()
         data = self.packed("calibration", self.recipe.calibration_tokens)
         config = student.config
-        sinks = config.num_sinks
         converted = [i for i, kind in enumerate(config.layer_types) if kind not in ATTENTION_TYPES]
-        sizes: Any = [[1] * config.num_key_value_heads] * len(config.layer_types)
         if self.recipe.state_budget is not None:
-            least = student_config(self.teacher, self.recipe, config.layer_types, window_sizes=sizes)
-            fixed = state_bytes(least, self.recipe.student, self.dtype)
-            heads = len(converted) * config.num_key_value_heads
-            longer = student_config(
-                self.teacher, self.recipe, config.layer_types, window_sizes=[[2] * len(row) for row in sizes]
-            )
-            token = (state_bytes(longer, self.recipe.student, self.dtype) - fixed) // heads
-            slots = (self.recipe.state_budget - fixed) // token + heads
+            slots = window_slots(self.teacher, self.recipe, config.layer_types, self.dtype)
             report = lambda done, total: self.progress(name, done, total, {})  # noqa: E731
-            measured = measure_windows(self.twin, data, sinks, self.seed, report)
+            measured = measure_windows(self.twin, data, config.num_sinks, self.seed, report)
             sizes = allocate(measured, converted, slots)
             config = student_config(self.teacher, self.recipe, config.layer_types, window_sizes=sizes)
-            student = build_student(self.teacher, self.model, config, self.recipe.student, torch.float32, self.seed)
-        fit_features(student, self.twin, data, self.seed)
+            sized = build_student(self.teacher, self.model, config, self.recipe.student, torch.float32, self.seed)
+            continue_from(sized, student)
+            student = sized
+        fit_features(student, self.twin, data, self.seed, fresh)
         return student, {"tokens": data.num_tokens, "seconds": round(time.monotonic() - started, 1)}
 
     def _train(self, student: Any, stage: Any, name: str, first_row: int, rows: int) -> dict[str, Any]:
@@ -296,9 +280,11 @@ class _Job:
 
         data = self.packed("training", self.recipe.tokens)
         part = data.rows(first_row, rows)
+        twin = self.twin
+        self.__dict__.pop("model", None)  # in float32 and no longer needed; a later step loads it again
         return train_stage(
             student,
-            self.twin,
+            twin,
             stage,
             part,
             self.run.folder / name,
@@ -314,6 +300,9 @@ class _Job:
         """results.json with everything but the evaluation."""
         path = self.run.out / "results.json"
         results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"schema": 1}
+        results.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
+        with contextlib.suppress(PackageNotFoundError):  # run from a source tree
+            results["rnnzoo_version"] = version("rnnzoo")
         model = causal_lm_class(self.recipe.student).from_pretrained(self.run.out)
         config = model.config
         done = [stage for stage in self.run.stages if stage["name"] != "finished"]
@@ -333,7 +322,7 @@ class _Job:
             "parameters": model.num_parameters(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "layer_types": config.layer_types,
-            "state_bytes": state_bytes(config, self.recipe.student, self.dtype),
+            "state_bytes": state_bytes(config, self.dtype),
             "windows": getattr(config, "window_sizes", None),
         }
         results["teacher"] = (results.get("teacher") or {}) | {
@@ -350,6 +339,7 @@ class _Job:
         training = [stage for stage in done if "loss_first" in stage]
         results["conversion"] = (results.get("conversion") or {}) | {
             "tokens": sum(stage["tokens"] for stage in training),
+            "seed": self.seed,
             "seconds": sum(stage.get("seconds", 0) for stage in done),
             "hardware": f"{torch.get_num_threads()} threads, {platform.machine()}",
             "stages": shown,
@@ -357,6 +347,11 @@ class _Job:
         }
         write_json(path, results)
         return results
+
+    def _source(self, records: dict[str, Any]) -> str:
+        """What the text is; a run that neither calibrates nor trains has packed none."""
+        found = [records[name]["source"] for name in ("training", "calibration") if name in records]
+        return found[0] if found else self.corpus.source
 
     def evaluate(self) -> dict[str, Any]:
         from .data import TextHashes, refuse_overlap
@@ -370,7 +365,7 @@ class _Job:
         results = self.results()
         record = {
             "sha256": hashes.sha256,
-            "source": results["conversion"]["data"]["training"]["source"],
+            "source": self._source(results["conversion"]["data"]),
             "characters": sum(map(len, texts)),
         }
         results["conversion"]["data"]["evaluation"] = record
@@ -383,28 +378,3 @@ class _Job:
             dtype=self.dtype,
             progress=self.progress,
         )
-
-
-@torch.no_grad()
-def _continue_from(student: Any, previous: Any) -> None:
-    """Takes over what an earlier step trained; layers converted only now start from its attention."""
-    from ..zoo.core.mixer import AttentionWeights
-
-    before = previous.state_dict()
-    state = student.state_dict()
-    for i, (new, old) in enumerate(zip(student.model.layers, previous.model.layers, strict=True)):
-        if type(new.mixer) is type(old.mixer):
-            continue
-        before = {name: tensor for name, tensor in before.items() if not name.startswith(f"model.layers.{i}.mixer.")}
-        proj = old.mixer.proj
-        weights = {name: getattr(proj, f"{name}_proj").weight for name in "qkvo"}
-        weights |= {f"{name}_bias": getattr(proj, f"{name}_proj").bias for name in "qkvo"}
-        norms = {
-            name: None if getattr(proj, name) is None else getattr(proj, name).weight for name in ("q_norm", "k_norm")
-        }
-        sizes = dict(num_heads=proj.num_heads, num_kv_heads=proj.num_kv_heads, head_dim=proj.head_dim)
-        new.mixer.init_from_attention(AttentionWeights(**weights, **norms, **sizes))
-        fresh = new.mixer.state_dict()
-        state |= {f"model.layers.{i}.mixer.{name}": tensor for name, tensor in fresh.items()}
-    student.load_state_dict(state | dict(itertools.chain(before.items())), strict=False)
-    student.tie_weights()

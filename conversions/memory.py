@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
+import sys
 
 __all__ = ["keep_freed_memory"]
 
@@ -17,8 +17,9 @@ def keep_freed_memory() -> None:
     glibc maps every large block anew and the system then fills it page by page; measured in training on two cores, this
     took a sixth of the time, and much more on a virtual machine whose host is short of memory. No effect without glibc.
     """
-    libc = ctypes.CDLL(None)
-    mallopt = getattr(libc, "mallopt", None)
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..zoo.core.registry import ATTENTION_TYPES
-from .convert import keep_steps, prepare_recipe
+from .prepare import keep_steps, prepare_recipe
 from .recipes import parse_keep
-from .student import layer_types, state_bytes, student_config
+from .student import causal_lm_class, layer_types, state_bytes, student_config
 from .teachers import resolve_teacher
 
 __all__ = ["Plan", "make_plan"]
@@ -53,7 +53,9 @@ def make_plan(
     kept = parse_keep(chosen.keep, config.num_hidden_layers)
     types = layer_types(found, chosen, kept)
     student = student_config(found, chosen, types)
-    state = chosen.state_budget or state_bytes(student, chosen.student, torch.bfloat16)
+    state = chosen.state_budget or state_bytes(student, torch.bfloat16)
+    with torch.device("meta"):
+        parameters = causal_lm_class(chosen.student)(student).num_parameters()
     kv_token = 2 * student.num_key_value_heads * student.head_dim * 2
     flops = 0.0
     stages = []
@@ -71,6 +73,7 @@ def make_plan(
                 "licence": found.licence or "not stated",
             },
             "parameters": found.parameters,
+            "student_parameters": parameters,
             "recipe": {"name": chosen.name, "student": chosen.student, "steps": keep_steps(chosen, len(types))},
             "kept_attention": kept,
             "state_bytes": state,

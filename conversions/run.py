@@ -18,16 +18,17 @@ from typing import Any
 
 from ..kernels.errors import RnnzooError
 
-__all__ = ["Run", "open_run"]
+__all__ = ["Run", "holds_run", "open_run", "write_json"]
 
 FOLDER = ".rnnzoo"
+PUBLISHED = ("config.json", "generation_config.json", "results.json", "evaluation.json", "README.md")
 
 
 class Run:
     """An opened run; `open_run` makes them."""
 
-    def __init__(self, out: Path, request: dict[str, Any], stages: list[dict[str, Any]]):
-        self.out, self.request, self.stages = out, request, stages
+    def __init__(self, out: Path, request: dict[str, Any], stages: list[dict[str, Any]], created: bool = False):
+        self.out, self.request, self.stages, self.created = out, request, stages, created
         self.folder = out / FOLDER
 
     def record(self, name: str) -> dict[str, Any] | None:
@@ -57,6 +58,13 @@ class Run:
     def save(self) -> None:
         write_json(self.folder / "run.json", {"request": self.request, "stages": self.stages})
 
+    def discard(self) -> None:
+        """Leaves no trace of a run that could not begin: the folder OUT goes too, if this run has made it."""
+        if [entry.name for entry in self.out.iterdir()] == [FOLDER]:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if self.created:
+                self.out.rmdir()
+
     def publish(self, student: Any, tokenizer: Any) -> None:
         """The finished model into OUT."""
         whole = self.folder / "model"
@@ -84,6 +92,11 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def holds_run(out: str | os.PathLike) -> bool:
+    """Whether a run was begun in `out`."""
+    return (Path(out) / FOLDER / "run.json").is_file()
+
+
 def open_run(out: str | os.PathLike, request: dict[str, Any], restart: bool) -> Run:
     """The run in `out`, new or to be continued.
 
@@ -101,27 +114,40 @@ def open_run(out: str | os.PathLike, request: dict[str, Any], restart: bool) -> 
             left = [entry.name for entry in out.iterdir()]
             if left != [FOLDER]:
                 raise RnnzooError(f"{out} holds something else ({sorted(left)[0]}); choose another or an empty folder.")
-        if restart and state.is_file():
-            shutil.rmtree(out / FOLDER)
-            for name in ("results.json", "evaluation.json", "README.md"):
-                (out / name).unlink(missing_ok=True)
-        (out / FOLDER).mkdir(parents=True, exist_ok=True)
-        if not state.is_file():
-            run = Run(out, request, [])
-            run.save()
-            return run
+        if restart or not state.is_file():
+            return _new_run(out, request)
         stored = json.loads(state.read_text(encoding="utf-8"))
+        before, stages = dict(stored["request"]), list(stored["stages"])
     except OSError as error:
         raise RnnzooError(f"{out} cannot be used: {error.strerror or error}; choose another folder.") from error
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RnnzooError(f"{state} is damaged; run again with --restart.") from error
-    if differences := _differences(stored["request"], request):
+    if differences := _differences(before, request):
         shown = "; ".join(differences[:4])
         raise RnnzooError(
             f"{out} holds a run with other settings ({shown}); repeat its settings to go on, choose another folder, or "
             "discard it with --restart."
         )
-    return Run(out, request, stored["stages"])
+    return Run(out, request, stages)
+
+
+def _new_run(out: Path, request: dict[str, Any]) -> Run:
+    """A run from the beginning, without anything that an earlier one has made."""
+    run = Run(out, {}, [], created=not out.exists())
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.save()  # with no request: if this is killed halfway, no request fits the rest but another restart
+    for name in PUBLISHED:
+        (out / name).unlink(missing_ok=True)
+    for file in out.glob("model*.safetensors*"):
+        file.unlink()
+    for entry in run.folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != "run.json":
+            entry.unlink()
+    run.request = request
+    run.save()
+    return run
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -1,15 +1,18 @@
-"""The student: a model of the teacher's shape whose mixers are chosen layer by layer, and its start from the teacher."""
+"""The student: a model of the teacher's shape, its mixers chosen layer by layer, and its start from the teacher."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from ..kernels.errors import RnnzooError
+from ..zoo.core.mixer import AttentionWeights
 from ..zoo.core.registry import ATTENTION_TYPES, config_class
-from .recipes import Recipe, parse_keep
+from .recipes import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +21,16 @@ if TYPE_CHECKING:
     from ..zoo.core.modeling import RecurrentForCausalLM
     from .teachers import TeacherRef
 
-__all__ = ["attention_twin", "build_student", "causal_lm_class", "layer_types", "state_bytes", "student_config"]
+__all__ = [
+    "attention_twin",
+    "build_student",
+    "causal_lm_class",
+    "continue_from",
+    "layer_types",
+    "state_bytes",
+    "student_config",
+    "window_slots",
+]
 
 
 def layer_types(teacher: TeacherRef, recipe: Recipe, keep: list[int]) -> list[str]:
@@ -36,11 +48,14 @@ def student_config(teacher: TeacherRef, recipe: Recipe, types: list[str], **opti
     from ..zoo.core.configuration import RecurrentConfig
 
     cls = config_class(recipe.student) or RecurrentConfig
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(recipe.student_options) - known, key=str):
+        raise RnnzooError(f"student_options has {unknown[0]!r}, which is no setting of a {recipe.student} student.")
     fields = teacher.family.student_config(teacher.config)
     sizes = cls.student_fields(fields["num_attention_heads"], fields["num_key_value_heads"], fields["head_dim"])
     try:
         config = cls(**(fields | sizes | recipe.student_options | options), layer_types=types)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise RnnzooError(f"The recipe's student cannot be built: {' '.join(str(error).split())}") from error
     config.architectures = [causal_lm_class(recipe.student).__name__]
     return config
@@ -87,7 +102,7 @@ def attention_twin(teacher: TeacherRef, model: PreTrainedModel, dtype: torch.dty
     return twin.eval().requires_grad_(False)
 
 
-def state_bytes(config: RecurrentConfig, mixer: str, dtype: torch.dtype) -> int:
+def state_bytes(config: RecurrentConfig, dtype: torch.dtype) -> int:
     """Bytes of state of all layers that are not attention, for one sequence; computed without allocating weights."""
     from ..zoo.core.registry import mixer_class
 
@@ -100,6 +115,43 @@ def state_bytes(config: RecurrentConfig, mixer: str, dtype: torch.dtype) -> int:
     return total
 
 
-def kept_layers(teacher: TeacherRef, keep: str) -> list[int]:
-    """`parse_keep` for this teacher."""
-    return parse_keep(keep, teacher.config.num_hidden_layers)
+def window_slots(teacher: TeacherRef, recipe: Recipe, types: list[str], dtype: torch.dtype) -> int:
+    """Window tokens, of one kv head each, that the recipe's state budget buys for all converted layers together.
+
+    Raises:
+        RnnzooError: not one for each head.
+    """
+    kv_heads = teacher.family.student_config(teacher.config)["num_key_value_heads"]
+    heads = kv_heads * sum(kind not in ATTENTION_TYPES for kind in types)
+
+    def size(window: int) -> int:
+        config = student_config(teacher, recipe, types, window_sizes=[[window] * kv_heads] * len(types))
+        return state_bytes(config, dtype)
+
+    least = size(1)
+    if recipe.state_budget < least:
+        raise RnnzooError(
+            f"A state budget of {recipe.state_budget:,} bytes is too small: with windows of one token, the recipe "
+            f"{recipe.name} takes {least:,} for this teacher."
+        )
+    return heads + (recipe.state_budget - least) // ((size(2) - least) // heads)
+
+
+@torch.no_grad()
+def continue_from(student: RecurrentForCausalLM, previous: RecurrentForCausalLM) -> None:
+    """Takes over what an earlier step trained; layers converted only now start from its attention."""
+    trained = previous.state_dict()
+    for i, (new, old) in enumerate(zip(student.model.layers, previous.model.layers, strict=True)):
+        if type(new.mixer) is type(old.mixer):
+            continue
+        trained = {name: tensor for name, tensor in trained.items() if not name.startswith(f"model.layers.{i}.mixer.")}
+        proj = old.mixer.proj
+        weights = {name: getattr(proj, f"{name}_proj").weight for name in "qkvo"}
+        weights |= {f"{name}_bias": getattr(proj, f"{name}_proj").bias for name in "qkvo"}
+        for name in ("q_norm", "k_norm"):
+            norm = getattr(proj, name)
+            weights[name] = None if norm is None else norm.weight
+        sizes = dict(num_heads=proj.num_heads, num_kv_heads=proj.num_kv_heads, head_dim=proj.head_dim)
+        new.mixer.init_from_attention(AttentionWeights(**weights, **sizes))
+    student.load_state_dict(trained, strict=False)
+    student.tie_weights()

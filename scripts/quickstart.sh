@@ -9,5 +9,10 @@ prepare plots
 
 out=${1:-./quickstart-model}
 if [ $# -gt 0 ]; then shift; fi
+echo "converting SmolLM2-135M-Instruct into $out, then measuring it (tens of minutes on two cores; stop it at any moment and run this again)"
 rnnzoo convert embedded --out "$out" "$@"
+echo
+echo "asking it: Why is the sky blue?"
 rnnzoo generate "$out" "Why is the sky blue?" --max-new-tokens 80 --greedy
+echo
+echo "the model and its card: $out/README.md"

@@ -10,7 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...kernels.errors import RnnzooError
 
-__all__ = ["lm_eval_tasks"]
+__all__ = ["lm_eval_tasks", "require_lm_eval"]
+
+
+def require_lm_eval(tasks: Sequence[str]) -> None:
+    """Raises:
+    RnnzooError: lm-eval is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise RnnzooError(f"The tasks {', '.join(tasks)} need lm-eval: install it with pip install 'rnnzoo[eval]'.")
 
 
 def lm_eval_tasks(
@@ -27,8 +35,7 @@ def lm_eval_tasks(
     Raises:
         RnnzooError: lm-eval is not installed, does not know a task, or cannot get its data.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise RnnzooError(f"The tasks {', '.join(tasks)} need lm-eval: install it with pip install 'rnnzoo[eval]'.")
+    require_lm_eval(tasks)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 

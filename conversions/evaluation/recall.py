@@ -175,6 +175,7 @@ def recall(
                 stream.advance(ids)
             right[distance].append(_answers(stream.fork(), built.facts[index]))
             progress("recall", number * needed + stream.seen, streams * needed, {"distance": distance})
+    progress("recall", streams * needed, streams * needed, {})
     points = []
     for distance, outcomes in right.items():
         if len(outcomes) == facts * streams:

@@ -16,7 +16,7 @@ from ...kernels.errors import RnnzooError
 from ..teachers import TeacherRef
 from .columns import COLUMNS, Column, Opened, open_columns
 from .decode import decode, device_name
-from .harness import lm_eval_tasks
+from .harness import lm_eval_tasks, require_lm_eval
 from .limits import Limits, limits_of
 from .merging import merge, still_valid
 from .perplexity import POSITION_EDGES, by_position, perplexity
@@ -70,6 +70,8 @@ def evaluate(
     student_dir = Path(student_dir)
     out = Path(out_dir) if out_dir is not None else student_dir
     sizes = limits_of(limits)
+    if lm_eval:
+        require_lm_eval(lm_eval)
     results = read_json(out / "results.json")
     if results.get("schema", 1) != 1:
         raise RnnzooError(
@@ -317,7 +319,8 @@ def _describe(results: dict[str, Any], opened: Opened, student_dir: Path, device
     model.setdefault("parameters", student.model.num_parameters())
     model.setdefault("dtype", str(student.model.dtype).removeprefix("torch."))
     model.setdefault("layer_types", list(getattr(config, "layer_types", None) or []))
-    model["state_bytes"] = opened.state.at(max(POSITION_EDGES) if opened.state.per_token else 1)
+    # What is constant; layers that are attention add to it with every token.
+    model["state_bytes"], model["state_bytes_per_token"] = opened.state.fixed, opened.state.per_token
     model["chat_template"] = bool(student.tokenizer.chat_template)
     if opened.teacher:
         results["teacher"] = {**opened.teacher, **results.get("teacher", {})}

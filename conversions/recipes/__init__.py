@@ -12,7 +12,9 @@ stages                          list of {name, kind: calibrate | align | train, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ import yaml
 
 from ...kernels.errors import RnnzooError
 
-__all__ = ["Recipe", "Stage", "list_recipes", "load_recipe", "parse_keep"]
+__all__ = ["Recipe", "Stage", "check_recipe", "list_recipes", "load_recipe", "parse_keep"]
 
 FOLDER = Path(__file__).parent
 KINDS = ("calibrate", "align", "train")
+RESERVED = ("data", "finished", "initialise", "model", "student")
 
 
 @dataclasses.dataclass
@@ -99,8 +102,11 @@ def load_recipe(name: str) -> Recipe:
         )
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RnnzooError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f", line {mark.line + 1}"
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RnnzooError(f"{path}{line} is not readable YAML: {what}.") from error
     if not isinstance(raw, dict):
         raise RnnzooError(f"{path} holds a {type(raw).__name__}; expected a mapping with name, student and stages.")
     stages = raw.pop("stages", None)
@@ -109,7 +115,7 @@ def load_recipe(name: str) -> Recipe:
     raw.setdefault("name", path.stem)
     built = [_checked(Stage, stage, f"{path.name}, stage {number}") for number, stage in enumerate(stages, 1)]
     recipe = _checked(Recipe, raw | {"stages": built}, path.name)
-    _check_values(recipe, path.name)
+    check_recipe(recipe, path.name)
     return recipe
 
 
@@ -117,7 +123,7 @@ def _checked(cls: type, raw: Any, where: str) -> Any:
     if not isinstance(raw, dict):
         raise RnnzooError(f"{where} is a {type(raw).__name__}; expected a mapping.")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(raw) - set(fields)):
+    if unknown := sorted(set(raw) - set(fields), key=str):
         raise RnnzooError(f"{where} has the unknown key {unknown[0]!r}; known are {', '.join(fields)}.")
     for name, field in fields.items():
         if name not in raw:
@@ -125,7 +131,12 @@ def _checked(cls: type, raw: Any, where: str) -> Any:
                 raise RnnzooError(f"{where} lacks the key {name!r}.")
             continue
         value = raw[name]
+        if field.type == "float" and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)  # YAML reads 1e-4, without a point, as text
         if field.type in ("float", "int") and isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise RnnzooError(f"{where}: {name} is {value!r}; expected a finite number.")
             if field.type == "int" and value != int(value):
                 raise RnnzooError(f"{where}: {name} is {value!r}; expected a whole number.")
             raw[name] = float(value) if field.type == "float" else int(value)
@@ -138,11 +149,17 @@ def _checked(cls: type, raw: Any, where: str) -> Any:
     return cls(**raw)
 
 
-def _check_values(recipe: Recipe, where: str) -> None:
-    from ...zoo.core.registry import known_mixers
+def check_recipe(recipe: Recipe, where: str) -> None:
+    """Refuses values that no conversion can work with.
 
-    if recipe.student not in known_mixers():
-        raise RnnzooError(f"{where}: there is no mixer {recipe.student!r}; known are {', '.join(known_mixers())}.")
+    Raises:
+        RnnzooError: begins with `where`.
+    """
+    from ...zoo.core.registry import ATTENTION_TYPES, known_mixers
+
+    students = [name for name in known_mixers() if name not in ATTENTION_TYPES]
+    if recipe.student not in students:
+        raise RnnzooError(f"{where}: there is no mixer {recipe.student!r}; known are {', '.join(students)}.")
     for stage in recipe.stages:
         for name, allowed in (
             ("kind", KINDS),
@@ -156,8 +173,21 @@ def _check_values(recipe: Recipe, where: str) -> None:
                 )
     if len({stage.name for stage in recipe.stages}) != len(recipe.stages):
         raise RnnzooError(f"{where}: two stages have the same name; name them differently.")
+    for stage in recipe.stages:
+        if not re.fullmatch(r"[\w-]+", stage.name) or stage.name in RESERVED or stage.name.startswith("student-"):
+            raise RnnzooError(
+                f"{where}: a stage cannot be named {stage.name!r}; use letters, digits, - and _, and none of "
+                f"{', '.join(RESERVED)}."
+            )
+        if not (0 <= stage.share <= 1 and 0 <= stage.warmup <= 1):
+            raise RnnzooError(f"{where}, stage {stage.name}: share and warmup must lie between 0 and 1.")
+    calibrates = any(stage.kind == "calibrate" for stage in recipe.stages)
+    if calibrates and recipe.student != "hedgehog":
+        raise RnnzooError(f"{where}: a calibrate stage is for hedgehog layers; the student is {recipe.student}.")
+    if recipe.state_budget is not None and not calibrates:
+        raise RnnzooError(f"{where}: a state budget is divided by a stage of kind calibrate, and there is none.")
     if recipe.calibration_tokens < 1 or recipe.batch_tokens < 1 or recipe.tokens < 0:
-        raise RnnzooError(f"{where}: tokens, batch_tokens and calibration_tokens must be positive.")
+        raise RnnzooError(f"{where}: batch_tokens and calibration_tokens must be positive, and tokens not negative.")
 
 
 def parse_keep(keep: str, layers: int) -> list[int]:
@@ -167,7 +197,7 @@ def parse_keep(keep: str, layers: int) -> list[int]:
         RnnzooError: none of these, or a number out of range.
     """
     text = str(keep).strip().lower()
-    if text in ("none", "0", ""):
+    if text in ("none", ""):
         return []
     if match := re.fullmatch(r"1/(\d+)", text):
         period = int(match.group(1))

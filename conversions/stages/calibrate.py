@@ -4,7 +4,7 @@ Everything is measured on the attention twin of the teacher, layer by layer, on 
 
   windows     for each kv head and candidate length w: E ||W_o (o_w - o)||^2, the error that cutting its attention to w
               tokens and the sinks leaves in the residual stream, times the mean squared gradient of the teacher's loss
-              at that layer's output, so that layers are comparable. Windows then grow greedily by error removed per byte.
+              at that layer's output, so that layers are comparable. Windows grow greedily by error removed per byte.
   decay       ln 2 / (mean distance of the attention that lies beyond the window), after Taylor-Calibrate (2026).
   prototypes  k-means centres c_f of the queries before rotation; the key map is c_f turned by the mean rotation over
               the distances beyond the window (fast channels average out), the query map the soft assignment to centres.
@@ -16,7 +16,7 @@ B = 1 sequence of T tokens, H query heads, Hk kv heads, d head_dim, n rows (quer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -195,21 +195,28 @@ def allocate(measured: Measured, converted: list[int], slots: int) -> list[list[
 
 
 @torch.no_grad()
-def fit_features(student: RecurrentForCausalLM, twin: RecurrentForCausalLM, data: PackedTokens, seed: int) -> None:
-    """Sets prototypes, decay and scale of the student's Hedgehog layers in place, from one sequence."""
+def fit_features(
+    student: RecurrentForCausalLM,
+    twin: RecurrentForCausalLM,
+    data: PackedTokens,
+    seed: int,
+    only: Container[int] | None = None,
+) -> None:
+    """Sets prototypes, decay and scale of Hedgehog layers (those in `only`; None: all) in place, from one sequence."""
     from ...zoo.hedgehog.modeling_hedgehog import HedgehogMixer
 
     ids = data[0]["input_ids"]
     layers = _observe(twin, ids, False, seed)
-    frequencies, _ = twin.model.rotary.get(torch.arange(len(ids)))
-    for block, layer in zip(student.model.layers, layers, strict=True):
+    rotation = twin.model.rotary.get(torch.arange(len(ids)))
+    for number, (block, layer) in enumerate(zip(student.model.layers, layers, strict=True)):
         mixer = block.mixer
-        if isinstance(mixer, HedgehogMixer) and mixer.prototypes and mixer.features:
+        chosen = only is None or number in only
+        if chosen and isinstance(mixer, HedgehogMixer) and mixer.prototypes and mixer.features:
             for head in range(layer.k.shape[1]):
-                _fit_head(mixer, layer, head, frequencies, seed)
+                _fit_head(mixer, layer, head, rotation, seed)
 
 
-def _fit_head(mixer, layer: _Layer, head: int, frequencies: Tensor, seed: int) -> None:
+def _fit_head(mixer, layer: _Layer, head: int, rotation: tuple[Tensor, float], seed: int) -> None:
     time, kv_heads, width = layer.k.shape
     groups = layer.q.shape[1] // kv_heads
     queries = slice(head * groups, (head + 1) * groups)
@@ -228,7 +235,7 @@ def _fit_head(mixer, layer: _Layer, head: int, frequencies: Tensor, seed: int) -
     log_decay = -math.log(2) / half_life
 
     centres = _k_means(layer.q[rows, queries].flatten(0, 1), mixer.features, seed)
-    key_map = _mean_rotation(centres, frequencies, window, min(time, window + 2 * half_life)) * width**-0.5
+    key_map = _mean_rotation(centres, rotation, window, min(time, window + 2 * half_life)) * width**-0.5
     temperature = width**-0.5
     mixer.key_map[head] = key_map.T
     mixer.query_map[queries] = 2 * temperature * centres.T
@@ -265,10 +272,11 @@ def _k_means(points: Tensor, centres: int, seed: int, steps: int = 10) -> Tensor
     return chosen
 
 
-def _mean_rotation(x: Tensor, frequencies: Tensor, near: float, far: float) -> Tensor:
+def _mean_rotation(x: Tensor, rotation: tuple[Tensor, float], near: float, far: float) -> Tensor:
     """x (F, d) turned as a query is against a key `near` to `far` tokens back, averaged over these distances."""
+    frequencies, factor = rotation  # the factor is on queries and on keys
     angle = torch.linspace(near, far, 256)[:, None] * frequencies.float()
-    cos, sin = (torch.cat([f(angle).mean(0)] * 2) for f in (torch.cos, torch.sin))
+    cos, sin = (torch.cat([f(angle).mean(0) * factor**2] * 2) for f in (torch.cos, torch.sin))
     turned = x[..., : len(cos)]
     first, second = turned.chunk(2, -1)
     turned = turned * cos + torch.cat([-second, first], -1) * sin

@@ -4,13 +4,16 @@ align   each mixer sees what its teacher layer sees and learns what it says: mea
         ||mixer(x) - attention(x)||^2 / ||attention(x)||^2
 train   end to end: kl * KL(teacher || student) + ce * cross-entropy + z_loss * logsumexp^2, each a mean over tokens
 
-Rows are all of one length, so the mean of the means over accumulated batches is the mean over all tokens.
+A step's loss is the mean over its rows, which are all of one length. (Of the cross-entropy on text it is the mean of
+each row's mean over its labels; a row of several documents has a few labels less than others.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -43,7 +46,7 @@ class StageTrainer(Trainer):
     def __init__(self, *args: Any, stage: Stage, twin: RecurrentForCausalLM, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.stage = stage
-        self.twin = twin
+        self.twin = twin.to(self.args.device)
         self.model_accepts_loss_kwargs = False
 
     def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None) -> Tensor:
@@ -145,7 +148,8 @@ class AlignLayers(StageTrainer):
 
 def is_new(name: str) -> bool:
     """Is the parameter the student's own, not one that came from the teacher?"""
-    return ".mixer." in name and not any(part in name for part in (".proj.", "in_proj", "out_proj"))
+    old = (".proj.", "in_proj", "out_proj", "b_norm", "c_norm")
+    return ".mixer." in name and not any(part in name for part in old)
 
 
 def next_tokens(ids: Tensor, seq_ids: Tensor | None) -> Tensor:
@@ -171,8 +175,8 @@ class _Report(TrainerCallback):
         self.started = time.monotonic()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.monotonic()
-        self.done_before = state.global_step
+        lines = read_metrics(self.folder)
+        self.started = time.monotonic() - (lines[-1]["seconds"] if lines else 0.0)
         self.progress(state.global_step * self.tokens_per_step, state.max_steps * self.tokens_per_step, {})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -226,7 +230,7 @@ def train_stage(
         max_steps=steps,
         learning_rate=stage.lr,
         lr_scheduler_type="cosine" if stage.schedule == "cosine" else "constant_with_warmup",
-        warmup_steps=math.ceil(stage.warmup * steps),
+        warmup_steps=math.ceil(stage.warmup * steps) if steps > 1 else 0,  # the first step of a warmup has rate 0
         max_grad_norm=1.0,
         bf16=bf16,
         use_cpu=not torch.cuda.is_available(),
@@ -254,8 +258,9 @@ def train_stage(
             trainer.remove_callback(callback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     student.config.use_cache = True
-    student.eval()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    student.eval().cpu()
+    twin.cpu()
+    lines = read_metrics(folder)
     return {
         "tokens": steps * per_step * data.seq_len,
         "seconds": round(lines[-1]["seconds"], 1),
@@ -277,14 +282,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def _cut_metrics(folder: Path, checkpoint: Path | None) -> None:
     """Forgets the metrics of steps that will be done again."""
-    file = folder / "metrics.jsonl"
     step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
-    if file.exists():
-        lines = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                kept = json.loads(line)["step"] <= step
-            except ValueError:  # the last line of a killed run may be half written
-                kept = False
-            lines += [line] if kept else []
-        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    kept = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]
+    temporary = folder / "metrics.jsonl.part"
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, folder / "metrics.jsonl")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are whole: the last one of a killed run may not be."""
+    file = folder / "metrics.jsonl"
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines

@@ -53,8 +53,9 @@ def user_errors(action: str) -> Iterator[None]:
 def _refusal(error: Exception) -> str | None:
     where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
     number = error.errno if isinstance(error, OSError) else None
-    # safetensors and tokenizers write through Rust and report a full disk as text only.
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+    # safetensors and tokenizers write through Rust and report a full disk as text only, torch as "iostream error".
+    full = "No space left on device" in str(error) or "iostream error" in str(error)
+    if number in (errno.ENOSPC, errno.EDQUOT) or full:
         return f"the disk is full{where}; free some space or set RNNZOO_CACHE or --out to another disk."
     if number in (errno.EACCES, errno.EPERM) or "Permission denied" in str(error):
         return f"no permission{where}; choose a place that you may write to (RNNZOO_CACHE for the cache)."

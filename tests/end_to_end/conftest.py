@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
+
+from rnnzoo.conversions.recipes import FOLDER
 
 from ..conversions.tiny import tiny_teacher
 
@@ -35,12 +38,21 @@ def write_documents(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
+def write_recipe(path: Path) -> Path:
+    """The default recipe with optimiser steps of 512 tokens, so that 6,000 tokens are several steps."""
+    recipe = yaml.safe_load((FOLDER / "rnnzoo.yaml").read_text())
+    path.write_text(yaml.safe_dump(recipe | {"batch_tokens": 512}))
+    return path
+
+
 @dataclass(frozen=True)
 class Workshop:
-    """A tiny teacher, its data, and the environment in which commands run: no network, an empty cache, one thread."""
+    """A tiny teacher, its data, the default recipe with small steps, and the environment in which commands run: no
+    network, an empty cache, one thread."""
 
     teacher: Path
     data: Path
+    recipe: Path
     environment: dict[str, str]
 
     def rnnzoo(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -58,16 +70,14 @@ class Workshop:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def convert(self, out: Path, *options: str, recipe: str = "rnnzoo") -> list[str]:
+    def convert(self, out: Path, *options: str) -> list[str]:
         """The arguments of a conversion of seconds."""
-        small = ("--tokens", "4k", "--seq-len", "128", "--state-budget", "12kB", "--dtype", "float32")
-        if recipe != "rnnzoo":
-            small = ("--tokens", "4k", "--seq-len", "128", "--dtype", "float32")
+        small = ("--tokens", "6k", "--seq-len", "128", "--state-budget", "12kB", "--dtype", "float32")
         return [
             "convert",
             str(self.teacher),
             "--recipe",
-            recipe,
+            str(self.recipe),
             "--out",
             str(out),
             "--data",
@@ -83,7 +93,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RNNZOO_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     environment.pop("RNNZOO_DEBUG", None)
     environment.pop("RNNZOO_NO_REGISTER", None)
-    return Workshop(tiny_teacher("llama", folder), write_documents(folder / "text.jsonl", 400), environment)
+    data = write_documents(folder / "text.jsonl", 400)
+    return Workshop(tiny_teacher("llama", folder), data, write_recipe(folder / "small.yaml"), environment)
 
 
 @pytest.fixture(scope="session")

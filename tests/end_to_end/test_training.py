@@ -53,6 +53,17 @@ def test_trainer_lowers_the_loss_in_20_steps(model, tokenizer, tmp_path):
     assert len(losses) == 20 and sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
+def test_trainer_goes_on_from_its_own_checkpoint(model, tokenizer, tmp_path):
+    data = [{"input_ids": tokenizer(TEXT)["input_ids"]}] * 8
+    settings = dict(output_dir=str(tmp_path), per_device_train_batch_size=2, report_to=[], disable_tqdm=True)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    for steps in (2, 4):
+        arguments = TrainingArguments(max_steps=steps, save_steps=2, use_cpu=True, **settings)
+        trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
+        trainer.train(resume_from_checkpoint=steps > 2)
+    assert trainer.state.global_step == 4
+
+
 def test_lora_trains_saves_loads_and_merges(model, converted, tokenizer, tmp_path):
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -72,3 +83,15 @@ def test_lora_trains_saves_loads_and_merges(model, converted, tokenizer, tmp_pat
         merged.save_pretrained(tmp_path / "merged")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
         torch.testing.assert_close(again(**inputs).logits, trained, rtol=1e-3, atol=1e-3)
+
+
+def test_query_and_key_norms_train_under_autocast():
+    from rnnzoo.zoo.hedgehog.configuration_hedgehog import HedgehogConfig
+
+    sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16)
+    config = HedgehogConfig(**sizes, qk_norm=True, window_sizes=[[8, 8]])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    ids = torch.arange(40)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, labels=ids).loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)

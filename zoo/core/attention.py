@@ -41,7 +41,8 @@ class AttentionProjections(nn.Module):
         k = self.k_proj(hidden).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(hidden).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            # Under autocast the norms' float32 weights would make them wider than v.
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return q, k, v
 
     @torch.no_grad()

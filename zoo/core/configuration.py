@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from transformers import configuration_utils
 from transformers.configuration_utils import PreTrainedConfig
 
 from .registry import CONFIGS, config_class, known_mixers
@@ -127,6 +128,7 @@ class RecurrentConfig(PreTrainedConfig):
             )
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise ValueError("A 'sliding_attention' layer needs sliding_window, the number of tokens that it sees.")
+        _make_known_to_transformers(self.layer_types)
 
     def validate_architecture(self) -> None:
         """Raises ValueError for sizes that do not fit together and for unknown choices."""
@@ -138,6 +140,13 @@ class RecurrentConfig(PreTrainedConfig):
         for field, allowed in (("norm_type", ("rms", "layer")), ("mlp_type", ("gated", "plain"))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}.")
+
+
+def _make_known_to_transformers(layer_types: list[str]) -> None:
+    """Trainer reads the config.json of a checkpoint that it goes on from with transformers' base class, which refuses
+    layer types that are not in a list of its own."""
+    known = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
+    configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (*known, *sorted(set(layer_types) - set(known)))
 
 
 def _resolve_types(cls: type) -> None:

@@ -55,7 +55,8 @@ class Rotary:
         """cos and sin, each (*positions.shape, rotary_dim), in `dtype`; float64 is computed in float64."""
         if positions is self.positions and dtype in self._memo:
             return self._memo[dtype]
-        frequencies, factor = self.frequencies.get(positions)
+        # Those of the call, whatever is turned in it: queries and keys must agree, and `unrotate` with `rotate`.
+        frequencies, factor = self.frequencies.get(self.positions)
         accurate = torch.promote_types(dtype, torch.float32)
         angle = positions.to(accurate)[..., None] * frequencies.to(accurate)
         angle = torch.cat([angle, angle], -1)
@@ -76,7 +77,7 @@ class Rotary:
 
     def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """The inverse of `rotate`."""
-        _, factor = self.frequencies.get(positions)
+        _, factor = self.frequencies.get(self.positions)
         turned = self.rotate(x, -positions)
         width = self.cos_sin(positions, x.dtype)[0].shape[-1]
         # cos and sin carry the factor in both directions.

@@ -1,6 +1,6 @@
 """Hedgehog: softmax attention over a window and the first tokens, a linear state for all the rest.
 
-    o_t = (sum_{j in window or sinks} e^{s_tj} v_j + phi(q_t) S_t) / (sum_{j in window or sinks} e^{s_tj} + phi(q_t) z_t)
+    o_t = (sum_j e^{s_tj} v_j + phi(q_t) S_t) / (sum_j e^{s_tj} + phi(q_t) z_t)                 j in window or sinks
     [S_t, z_t] = e^g [S_{t-1}, z_{t-1}] + phi(k_{t-w})^T [v_{t-w}, 1]        w the window of the kv head, g <= 0 learned
 
 Two feature maps. "softmax", on rotated heads: phi(x) = [softmax(xW), softmax(-xW)], weights relative to the window's
@@ -137,6 +137,7 @@ class HedgehogMixer(Mixer):
         return HedgehogState(empty) if self.bits is None else self._pack(empty)
 
     def _pack(self, state: WindowState) -> PackedHedgehogState:
+        assert self.bits is not None
         k_bits, v_bits = self.bits
         return PackedHedgehogState(
             state.s,

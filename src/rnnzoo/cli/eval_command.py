@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from .output import Output, output_options
 from .progress import ProgressReport
+
+
+class _Columns(click.ParamType[tuple[str, ...]]):
+    """Some of the three columns, with commas between them."""
+
+    name = "columns"
+    known = ("student", "teacher", "window")
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "NAMES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        names = tuple(value) if isinstance(value, tuple | list) else tuple(value.replace(" ", "").split(","))
+        if wrong := [name for name in names if name not in self.known]:
+            self.fail(f"{wrong[0]!r} is no column; give some of {','.join(self.known)}.", param, ctx)
+        return names
+
+
+COLUMN_NAMES = _Columns()
 
 
 @click.command("eval")
@@ -21,16 +42,56 @@ from .progress import ProgressReport
     metavar="FILE",
     help="Text, a book, or JSON lines of last-word or pair tasks; may be repeated.",
 )
+@click.option(
+    "--limits",
+    type=click.Choice(["quick", "standard", "full"]),
+    default="standard",
+    show_default=True,
+    help="How much is measured: a minute or two for a small model on a CPU, tens of minutes, or whole files.",
+)
+@click.option(
+    "--columns",
+    type=COLUMN_NAMES,
+    help="Some of student,teacher,window; what an earlier call measured of the others stays. Default: all.",
+)
+@click.option(
+    "--lm-eval",
+    "lm_eval",
+    multiple=True,
+    metavar="TASK",
+    help="A task of the lm-eval harness (extra `eval`), such as piqa; may be repeated.",
+)
 @output_options
-def command(folder: str, against: str | None, data: tuple[str, ...], output: Output) -> None:
+def command(
+    folder: str,
+    against: str | None,
+    data: tuple[str, ...],
+    limits: str,
+    columns: tuple[str, ...] | None,
+    lm_eval: tuple[str, ...],
+    output: Output,
+) -> None:
     """Measure the model in DIR; results.json and plots are written there.
 
-    Perplexity, tasks, recall by distance, state bytes and decode speed, each with n and standard error.
+    Perplexity, tasks, recall by distance, state bytes and decode speed, each with n and standard error. What was
+    measured before with the same settings is not measured again. `rnnzoo card DIR` then writes the card from it.
     """
+    if against is None and columns is not None and columns != ("student",):
+        raise click.UsageError("The columns teacher and window need --against TEACHER.")
+    if against is None:
+        output.note("without --against TEACHER, only the model itself is measured")
     with output.only_result_on_stdout(), ProgressReport(quiet=output.quiet) as progress:
         from ..conversions.evaluation.runner import evaluate
 
-        results = evaluate(folder, teacher=against, datasets=list(data), out_dir=folder, progress=progress)
+        results = evaluate(
+            folder,
+            teacher=against,
+            datasets=data,
+            columns=columns or COLUMN_NAMES.known,
+            limits=limits,
+            lm_eval=lm_eval,
+            progress=progress,
+        )
     from .results import show_results
 
     output.result(results, lambda console: show_results(results, folder, console))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,9 +33,9 @@ def command(output: Output) -> None:
     output.result(value, lambda console: _show(value, console))
 
 
-def summary(documented: type) -> str:
-    """The first sentence of a docstring."""
-    doc = inspect.cleandoc(documented.__doc__ or "").split("\n\n")[0]
+def summary(mixer: type) -> str:
+    """The first sentence of the docstring at the head of the file that defines a mixer."""
+    doc = inspect.cleandoc(sys.modules[mixer.__module__].__doc__ or "").split("\n\n")[0]
     return " ".join(doc.split()).split(". ")[0].rstrip(".")
 
 

@@ -66,8 +66,18 @@ class Output:
     @contextlib.contextmanager
     def only_result_on_stdout(self) -> Iterator[None]:
         """Send what libraries print to stdout to stderr (with --quiet nowhere) while the work is done."""
+        self._hide_loading_bars()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if self.quiet else sys.stderr):
             yield
+
+    def _hide_loading_bars(self) -> None:
+        """transformers' bars of loading and saving would break ours; the Hub's bars of downloads stay."""
+        from huggingface_hub.utils import enable_progress_bars
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        if not self.quiet and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "0") in ("", "0"):
+            enable_progress_bars()
 
     def set_up_libraries(self) -> None:
         """Before transformers is imported: its warnings and loading bars speak to programmers, not to users."""

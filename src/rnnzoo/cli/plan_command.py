@@ -54,11 +54,13 @@ def _show(plan: dict[str, Any], console: Console) -> None:
 
 
 def _flatten(plan: dict[str, Any], prefix: str = "") -> list[tuple[str, str, Any]]:
-    """(words of the row, key, value) of every leaf; {"state": {"bytes": 5}} is the row "state bytes"."""
+    """(words of the row, key, value) of every leaf; {"state": {"bytes": 5}} is the row "state"."""
     rows = []
     for key, value in plan.items():
-        name = f"{prefix} {key}".strip().replace("_", " ")
-        rows += _flatten(value, name) if isinstance(value, dict) else [(name, key, value)]
+        path = f"{prefix}_{key}".strip("_")
+        # The unit is in the value as it is shown: "4 MB".
+        name = " ".join(word for word in path.split("_") if word not in ("bytes", "seconds"))
+        rows += _flatten(value, path) if isinstance(value, dict) else [(name, path, value)]
     return rows
 
 

@@ -19,6 +19,8 @@ def show_results(results: dict[str, Any], folder: str, console: Console) -> None
     model, conversion = results.get("model", {}), results.get("conversion", {})
     if model.get("parameters"):
         state = f", {format_bytes(model['state_bytes'])} of state" if model.get("state_bytes") else ""
+        if model.get("state_bytes_per_token"):
+            state += f" and {format_bytes(model['state_bytes_per_token'])} for each token of context"
         console.print(
             Text(f"{model.get('model_type', 'model')}, {format_count(model['parameters'])} parameters{state}")
         )

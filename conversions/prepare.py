@@ -1,0 +1,61 @@
+"""A recipe fitted to one teacher and to what the user asked for, checked before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..kernels.errors import RnnzooError
+from .recipes import Recipe, check_recipe, load_recipe, parse_keep
+from .student import layer_types, student_config, window_slots
+from .teachers import TeacherRef
+
+__all__ = ["keep_steps", "prepare_recipe"]
+
+
+def prepare_recipe(
+    name: str,
+    teacher: TeacherRef,
+    *,
+    keep: str | None = None,
+    state_budget: int | None = None,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Recipe:
+    """A recipe with the user's own values, checked against the teacher.
+
+    Raises:
+        RnnzooError: an unknown or wrong recipe, or values that do not fit the teacher.
+    """
+    from .data import check_sequence_length
+
+    recipe = load_recipe(name)
+    given = {"keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}
+    recipe = dataclasses.replace(recipe, **{key: value for key, value in given.items() if value is not None})
+    if seq_len is None:
+        recipe.seq_len = min(recipe.seq_len, teacher.config.max_position_embeddings)
+    check_sequence_length(recipe.seq_len, teacher.config, f"The teacher {teacher.name}")
+    if state_budget is not None and recipe.student != "hedgehog":
+        raise RnnzooError(
+            f"--state-budget divides windows, but the recipe {recipe.name} has none: its state has a fixed size."
+        )
+    check_recipe(recipe, f"The recipe {recipe.name}")
+    kept = parse_keep(recipe.keep, teacher.config.num_hidden_layers)
+    if len(kept) == teacher.config.num_hidden_layers:
+        raise RnnzooError(f"keep {recipe.keep} keeps every layer as attention; leave at least one to convert.")
+    types = layer_types(teacher, recipe, kept)
+    student_config(teacher, recipe, types)
+    if recipe.state_budget is not None:
+        window_slots(teacher, recipe, types, dtype)
+    return recipe
+
+
+def keep_steps(recipe: Recipe, layers: int) -> list[str]:
+    """What stays attention at each step: progressively less, or the end at once."""
+    target = set(parse_keep(recipe.keep, layers))
+    if not recipe.progressive:
+        return [recipe.keep]
+    shares = [f"1/{n}" for n in (2, 4, 8) if n <= layers]
+    return [share for share in shares if set(parse_keep(share, layers)) > target] + [recipe.keep]

@@ -1,0 +1,200 @@
+"""Calibration: what is measured is what a direct computation gives, and the budget is spent where it helps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rnnzoo.conversions.data import PackedTokens, TextHashes
+from rnnzoo.conversions.recipes import Recipe
+from rnnzoo.conversions.stages import calibrate
+from rnnzoo.conversions.stages.calibrate import Measured, allocate, fit_features, measure_windows
+from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
+from rnnzoo.conversions.teachers import resolve_teacher
+from rnnzoo.kernels.errors import RnnzooError
+
+from .tiny import tiny_teacher
+
+CANDIDATES = (1, 2, 4, 8, 16, 32)
+
+
+def rows_of(ids: torch.Tensor) -> PackedTokens:
+    return PackedTokens(ids, torch.zeros_like(ids), "test", TextHashes("test"))
+
+
+def some_rows(count: int = 2, length: int = 64) -> PackedTokens:
+    return rows_of(torch.randint(3, 310, (count, length), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gpt_neox"])
+def teacher(request, tmp_path_factory):
+    ref = resolve_teacher(str(tiny_teacher(request.param, tmp_path_factory.mktemp("t"))))
+    return ref, ref.load()
+
+
+def student_of(teacher, keep=(), **options):
+    ref, model = teacher
+    recipe = Recipe("test", "hedgehog", [], student_options={"feature_map": "prototype", "feature_width": 4} | options)
+    config = student_config(ref, recipe, layer_types(ref, recipe, list(keep)))
+    return build_student(ref, model, config, "hedgehog", torch.float32, 0).eval()
+
+
+def random_errors(seed: int, layers: int = 3, heads: int = 2) -> Measured:
+    """Errors that mostly fall with the window, as real ones do."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.rand(layers, heads, len(CANDIDATES), generator=generator) ** 3
+    noise = 0.05 * torch.rand(steps.shape, generator=generator)
+    return Measured(steps.flip(-1).cumsum(-1).flip(-1) + noise, CANDIDATES)
+
+
+def left(measured: Measured, sizes: list[list[int]]) -> float:
+    """The error that these windows leave."""
+    chosen = [(i, h, CANDIDATES.index(w)) for i, row in enumerate(sizes) for h, w in enumerate(row)]
+    return sum(float(measured.errors[c]) for c in chosen)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_windows_stay_in_the_budget_and_more_of_it_never_hurts(seed):
+    measured, before = random_errors(seed), float("inf")
+    for slots in range(6, 220):
+        sizes = allocate(measured, [0, 1, 2], slots)
+        assert [len(row) for row in sizes] == [2, 2, 2] and {w for row in sizes for w in row} <= set(CANDIDATES)
+        assert sum(map(sum, sizes)) <= slots
+        assert left(measured, sizes) <= before + 1e-6
+        before = left(measured, sizes)
+
+
+def test_the_window_goes_where_the_error_is():
+    errors = torch.ones(2, 2, 6) * torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    errors[1, 0] *= 100
+    sizes = allocate(Measured(errors, CANDIDATES), [0, 1], 40)
+    assert sizes[1][0] == 32 and sum(map(sum, sizes)) <= 40
+
+
+def test_a_window_that_removes_nothing_is_not_bought():
+    assert allocate(Measured(torch.ones(2, 1, 6), CANDIDATES), [0, 1], 1000) == [[1], [1]]
+
+
+def test_kept_layers_get_no_window_and_take_no_budget():
+    sizes = allocate(random_errors(0), [0, 2], 64)
+    assert sizes[1] == [] and sum(sizes[0] + sizes[2]) <= 64
+    with pytest.raises(RnnzooError, match="give a larger one"):
+        allocate(random_errors(0), [0, 2], 3)
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_measured_errors_are_those_of_a_dense_mask(teacher, sinks):
+    """|| W_o (attention cut to window and sinks - attention) ||^2, head by head, times the mean of the gradient^2."""
+    twin, data = attention_twin(*teacher, torch.float32), some_rows()
+    measured = measure_windows(twin, data, sinks, seed=5)
+    assert measured.candidates == tuple(w for w in calibrate.CANDIDATES if w < 64)
+    time = data.seq_len
+    distance = torch.arange(time)[:, None] - torch.arange(time)[None]
+    total = torch.zeros_like(measured.errors)
+    for number in range(len(data)):
+        observed = calibrate._observe(twin, data[number]["input_ids"], True, 5 + number)
+        for i, layer in enumerate(observed):
+            groups = layer.q.shape[1] // layer.k.shape[1]
+            keys, values = (x.repeat_interleave(groups, 1) for x in (layer.turned_k, layer.v))
+            scores = torch.einsum("thd,shd->hts", layer.turned_q, keys) * layer.q.shape[-1] ** -0.5
+
+            def output(mask, scores=scores, values=values):
+                weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+                return torch.einsum("hts,shd->thd", weights, values)
+
+            for c, window in enumerate(measured.candidates):
+                seen = (distance >= 0) & ((distance < window) | (torch.arange(time) < sinks)[None])
+                difference = output(seen) - output(distance >= 0)
+                for head in range(layer.k.shape[1]):
+                    only = torch.zeros_like(difference)
+                    only[:, head * groups : (head + 1) * groups] = difference[:, head * groups : (head + 1) * groups]
+                    residual = only.flatten(1) @ layer.output_weight.T
+                    error = (residual**2).sum(-1).mean() * (layer.gradient**2).sum(-1).mean()
+                    total[i, head, c] += error / len(data)
+    torch.testing.assert_close(measured.errors, total, rtol=2e-3, atol=1e-9)
+
+
+def test_the_gradient_is_that_of_the_loss_on_drawn_labels(teacher):
+    """By finite differences in the output of a layer, with the labels that the same seed draws."""
+    twin = attention_twin(*teacher, torch.float32).double()
+    ids = some_rows(1, 24)[0]["input_ids"]
+    observed = calibrate._observe(twin, ids, True, 3)[0]
+    with torch.no_grad():
+        hidden = twin.model(ids[None], use_cache=False).last_hidden_state[0]
+        p = (hidden @ twin.lm_head.weight.T).float().softmax(-1)
+        level = torch.rand(len(ids), 1, generator=torch.Generator().manual_seed(3))
+        labels = torch.searchsorted(p.cumsum(-1), level)[:, 0].clamp(max=p.shape[-1] - 1)
+    direction = torch.randn(24, 48, dtype=torch.float64)
+
+    def loss(step: float) -> float:
+        block = twin.model.layers[0].mixer.proj.o_proj
+        hook = block.register_forward_hook(lambda _, args, out: out + step * direction)
+        with torch.no_grad():
+            logits = twin(ids[None], use_cache=False).logits[0]
+        hook.remove()
+        return float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+
+    slope = (loss(1e-4) - loss(-1e-4)) / 2e-4
+    torch.testing.assert_close(float((observed.gradient * direction).sum()), slope, rtol=1e-2, atol=1e-2)
+
+
+def error_of(student, twin, ids) -> list[float]:
+    """Relative squared error of each hedgehog layer's output on the twin's own inputs."""
+    seen = []
+    hooks = [
+        b.mixer.register_forward_hook(lambda _, args, out: seen.append((args[0], out[0]))) for b in twin.model.layers
+    ]
+    with torch.no_grad():
+        twin(ids[None], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        ctx = student.model.make_context(1, len(ids), ids.device)
+        said = [b.mixer(x, None, ctx)[0] for b, (x, _) in zip(student.model.layers, seen, strict=True)]
+    return [float((a - b).pow(2).sum() / b.pow(2).sum()) for a, (_, b) in zip(said, seen, strict=True)]
+
+
+def test_fitted_features_are_better_than_none(teacher):
+    """On text with structure (few words, again and again), unseen rows too."""
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(3, 310, (12, 4), generator=generator)
+    ids = words[torch.randint(0, 12, (2, 48), generator=generator)].flatten(1)
+    twin = attention_twin(*teacher, torch.float32)
+    options = {"window_size": 4, "num_sinks": 1}
+    fitted, without = student_of(teacher, **options), student_of(teacher, **options, feature_width=0)
+    fit_features(fitted, twin, rows_of(ids), seed=0)
+    for row in ids:
+        for ours, none in zip(error_of(fitted, twin, row), error_of(without, twin, row), strict=True):
+            assert ours < 0.9 * none
+    assert all(bool((block.mixer.log_decay < 0).all()) for block in fitted.model.layers)
+    assert all(bool(p.isfinite().all()) for p in fitted.parameters())
+
+
+def test_only_the_layers_asked_for_are_fitted(teacher):
+    twin, data = attention_twin(*teacher, torch.float32), some_rows(1)
+    before, after = student_of(teacher, window_size=4), student_of(teacher, window_size=4)
+    fit_features(after, twin, data, 0, only=[1])
+    one, two = (layers[0].mixer.state_dict() for layers in (before.model.layers, after.model.layers))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(before.model.layers[1].mixer.key_map, after.model.layers[1].mixer.key_map)
+
+
+@pytest.mark.parametrize("options", [{"feature_width": 0}, {"feature_map": "softmax"}, {"window_size": 200}])
+def test_layers_with_nothing_to_fit_stay_as_they_are(teacher, options):
+    student = student_of(teacher, **options)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    fit_features(student, attention_twin(*teacher, torch.float32), some_rows(1), 0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
+
+
+def test_kept_layers_are_passed_over(teacher):
+    student = student_of(teacher, keep=[0], window_size=4)
+    fit_features(student, attention_twin(*teacher, torch.float32), some_rows(1), 0)
+    assert student.config.layer_types == ["full_attention", "hedgehog"]
+
+
+def test_measuring_twice_gives_the_same_and_a_bfloat16_twin_nearly(teacher):
+    data = some_rows(1)
+    once, twice = (measure_windows(attention_twin(*teacher, torch.float32), data, 2, 0).errors for _ in range(2))
+    assert torch.equal(once, twice)
+    rough = measure_windows(attention_twin(*teacher, torch.bfloat16), data, 2, 0).errors
+    assert torch.corrcoef(torch.stack([once.flatten(), rough.flatten()]))[0, 1] > 0.98

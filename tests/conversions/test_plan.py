@@ -1,0 +1,90 @@
+"""`plan` loads no weights, is quick, and says what the conversion then does."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from rnnzoo.conversions.plan import make_plan
+from rnnzoo.conversions.recipes import list_recipes, parse_keep
+from rnnzoo.conversions.teachers import TeacherRef
+from rnnzoo.kernels.errors import RnnzooError
+
+from .tiny import TINY_FAMILIES, tiny_model, tiny_teacher
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    return {f: str(tiny_teacher(f, tmp_path_factory.mktemp("t"), num_hidden_layers=4)) for f in TINY_FAMILIES}
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("plan loads weights")
+
+    monkeypatch.setattr(TeacherRef, "load", refuse)
+
+
+def plan(*args, **options) -> dict:
+    return make_plan(*args, **options).to_dict()
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("recipe", list_recipes())
+def test_every_family_and_recipe_can_be_planned(teachers, family, recipe):
+    options = {"state_budget": 60_000} if recipe == "rnnzoo" else {}
+    started = time.process_time()
+    said = plan(teachers[family], recipe, keep="1/4", **options)
+    assert time.process_time() - started < 5
+    assert said["parameters"] == tiny_model(family, num_hidden_layers=4).num_parameters()
+    assert said["teacher"]["family"] == family and said["teacher"]["licence"] == "not stated"
+    assert said["kept_attention"] == [3] == parse_keep("1/4", 4)
+    assert [layer["mixer"] for layer in said["layers"]] == [said["recipe"]["student"]] * 3 + ["full_attention"]
+    assert [layer["state"] for layer in said["layers"]] == ["constant"] * 3 + ["grows with the text"]
+    assert said["time_seconds"] > 0 and said["memory_bytes"] > 4 * said["parameters"]
+    if recipe == "rnnzoo":
+        assert said["state_bytes"] == 60_000
+
+
+def test_the_embedded_teacher_is_planned_within_seconds():
+    started = time.process_time()
+    said = plan(None, "rnnzoo")
+    assert time.process_time() - started < 5
+    assert said["parameters"] == 134_515_008 and said["state_bytes"] == 4_000_000
+    assert said["teacher"]["licence"] == "apache-2.0" and len(said["layers"]) == 30
+
+
+def test_cached_bytes_are_those_of_keys_and_values_in_bfloat16(teachers):
+    said = plan(teachers["llama"], "supra", keep="1/2")
+    token = 2 * 2 * 8 * 2  # keys and values, 2 kv heads of 8, 2 bytes
+    assert said["kept_attention_bytes_per_1k_tokens"] == 1024 * token * 2
+    assert said["teacher_kv_bytes"] == {
+        "at_2k": 2048 * token * 4,
+        "at_32k": 32768 * token * 4,
+        "at_128k": 131072 * token * 4,
+    }
+
+
+def test_more_tokens_take_more_time(teachers):
+    short, long = (plan(teachers["llama"], "supra", tokens=n)["time_seconds"] for n in (10_000, 40_000))
+    assert long == pytest.approx(4 * short)
+
+
+def test_progressive_steps_are_told(teachers):
+    assert plan(teachers["llama"], "mamba-in-llama", keep="none")["recipe"]["steps"] == ["1/2", "1/4", "none"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("rnnzoo", {"state_budget": 100}, "too small"),
+        ("supra", {"keep": "4"}, "no layer 4"),
+        ("supra", {"seq_len": 4096}, "positions up to 512"),
+        ("lolcats", {}, "no recipe"),
+    ],
+)
+def test_what_convert_refuses_plan_refuses(teachers, recipe, options, message):
+    with pytest.raises(RnnzooError, match=message):
+        plan(teachers["llama"], recipe, **options)

@@ -1,0 +1,198 @@
+"""Recipes: the shipped ones load, wrong ones are told in one sentence, `keep` means what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+from rnnzoo.conversions.prepare import keep_steps, prepare_recipe
+from rnnzoo.conversions.recipes import Recipe, Stage, list_recipes, load_recipe, parse_keep
+from rnnzoo.conversions.teachers import resolve_teacher
+from rnnzoo.kernels.errors import RnnzooError
+
+from .tiny import tiny_teacher
+
+GOOD = {"name": "mine", "student": "supra", "stages": [{"name": "up", "kind": "train", "share": 1.0}]}
+CALIBRATE = {"name": "fit", "kind": "calibrate"}
+
+
+def written(tmp_path, recipe) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
+    return str(path)
+
+
+def stage(**changes) -> dict:
+    return GOOD | {"stages": [GOOD["stages"][0] | changes]}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return resolve_teacher(str(tiny_teacher("llama", tmp_path_factory.mktemp("teacher"), num_hidden_layers=4)))
+
+
+@pytest.mark.parametrize("name", ["rnnzoo", "supra", "mamba-in-llama"])
+def test_shipped_recipes_load_and_are_described(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name and recipe.description and recipe.source
+    assert list_recipes()[name] == recipe.description
+    assert sum(stage.share for stage in recipe.stages) == pytest.approx(1.0)
+
+
+def test_a_recipe_written_out_loads_as_itself(tmp_path):
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        assert load_recipe(written(tmp_path, recipe.to_dict())) == recipe
+
+
+def test_what_is_not_given_has_its_default(tmp_path):
+    recipe = load_recipe(written(tmp_path, {k: v for k, v in GOOD.items() if k != "name"}))
+    assert recipe == Recipe(name="mine", student="supra", stages=[Stage("up", "train", share=1.0)])
+
+
+def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
+    assert load_recipe(written(tmp_path, stage(lr=1) | {"tokens": 1e5})).tokens == 100_000
+    text = "student: supra\nstages: [{name: up, kind: train, lr: 3e-4}]"
+    assert load_recipe(written(tmp_path, text)).stages[0].lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (GOOD | {"tokenz": 5}, "mine.yaml has the unknown key 'tokenz'; known are name"),
+        (GOOD | {5: 1, "x": 2}, "unknown key 5"),
+        (stage(rate=1.0), "mine.yaml, stage 1 has the unknown key 'rate'"),
+        (GOOD | {"tokens": "many"}, "tokens is 'many'; expected int"),
+        (GOOD | {"tokens": 1.5}, "expected a whole number"),
+        (GOOD | {"tokens": float("inf")}, "tokens is inf; expected a finite number"),
+        (GOOD | {"tokens": True}, "tokens is True"),
+        (GOOD | {"progressive": "yes please"}, "progressive is 'yes please'; expected bool"),
+        (GOOD | {"keep": 4}, "keep is 4; expected str"),
+        (GOOD | {"state_budget": "4MB"}, "state_budget is '4MB'"),
+        (GOOD | {"student_options": [1]}, "student_options"),
+        (stage(lr="fast"), "lr is 'fast'; expected float"),
+        (stage(lr=float("nan")), "expected a finite number"),
+        ({k: v for k, v in GOOD.items() if k != "student"}, "lacks the key 'student'"),
+        ({k: v for k, v in GOOD.items() if k != "stages"}, "stages must be a list"),
+        (GOOD | {"stages": []}, "stages must be a list"),
+        (GOOD | {"stages": ["train"]}, "stage 1 is a str; expected a mapping"),
+        (GOOD | {"stages": [{"name": "up"}]}, "stage 1 lacks the key 'kind'"),
+        (GOOD | {"stages": GOOD["stages"] * 2}, "two stages have the same name"),
+        (GOOD | {"student": "transfomer"}, "no mixer 'transfomer'; known are"),
+        (GOOD | {"student": "full_attention"}, "no mixer 'full_attention'"),
+        (stage(kind="finetune"), "kind is 'finetune'; expected one of"),
+        (stage(trains="some"), "trains is 'some'"),
+        (stage(schedule="linear"), "schedule is 'linear'"),
+        (stage(labels="none"), "labels is 'none'"),
+        (stage(name="../up"), "cannot be named '../up'"),
+        (stage(name="finished"), "cannot be named 'finished'"),
+        (stage(share=1.5), "between 0 and 1"),
+        (GOOD | {"tokens": -1}, "tokens not negative"),
+        (GOOD | {"batch_tokens": 0}, "must be positive"),
+        (GOOD | {"stages": [CALIBRATE]}, "a calibrate stage is for hedgehog layers; the student is supra"),
+        (GOOD | {"student": "hedgehog", "state_budget": 1000}, "a state budget is divided by a stage"),
+        ("- a\n- b", "holds a list; expected a mapping"),
+        ("", "holds a NoneType"),
+        ("a: [1, 2\nb: }", "is not readable YAML"),
+        ("\x00", "is not readable YAML"),
+    ],
+)
+def test_wrong_recipes_are_told_in_one_sentence(tmp_path, recipe, message):
+    with pytest.raises(RnnzooError) as raised:
+        load_recipe(written(tmp_path, recipe))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
+
+
+def test_bytes_that_are_no_text_and_unknown_names_are_told(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(RnnzooError, match="is not readable YAML"):
+        load_recipe(str(path))
+    with pytest.raises(RnnzooError, match="no recipe 'lolcats'; known are mamba-in-llama, rnnzoo, supra"):
+        load_recipe("lolcats")
+
+
+@pytest.mark.parametrize(
+    ("keep", "layers"),
+    [
+        ("none", []),
+        ("NONE", []),
+        ("1/1", [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("1/2", [1, 3, 5, 7]),
+        ("1/3", [2, 5]),
+        ("1/8", [7]),
+        ("5,2,2", [2, 5]),
+        ("7", [7]),
+        ("0", [0]),
+        ("0,3", [0, 3]),
+    ],
+)
+def test_keep(keep, layers):
+    assert parse_keep(keep, 8) == layers
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ("8", "no layer 8; the teacher's layers are 0 to 7"),
+        ("1,99", "no layer 99"),
+        ("1/9", "between 1/8 and 1/1 for 8 layers"),
+        ("1/0", "between 1/8 and 1/1"),
+        ("2/3", "neither none, a share such as 1/4, nor layer numbers"),
+        ("half", "neither none"),
+        ("-1", "neither none"),
+        ("1,,2", "neither none"),
+    ],
+)
+def test_wrong_keep(keep, message):
+    with pytest.raises(RnnzooError, match=message):
+        parse_keep(keep, 8)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 7, 8, 24, 30])
+def test_progressive_steps_convert_more_and_more_and_undo_nothing(layers):
+    recipe = dataclasses.replace(load_recipe("mamba-in-llama"), keep="none")
+    steps = keep_steps(recipe, layers)
+    assert steps == [f"1/{n}" for n in (2, 4, 8) if n <= layers] + ["none"]
+    kept = [set(parse_keep(step, layers)) for step in steps]
+    assert all(later < earlier for earlier, later in zip(kept, kept[1:], strict=False))
+
+
+def test_progress_ends_at_what_was_asked_for():
+    recipe = load_recipe("mamba-in-llama")
+    assert keep_steps(recipe, 24) == ["1/2"]
+    assert keep_steps(dataclasses.replace(recipe, keep="1/4"), 24) == ["1/2", "1/4"]
+    assert keep_steps(dataclasses.replace(recipe, keep="0"), 4)[-1] == "0"
+    assert keep_steps(dataclasses.replace(recipe, keep="none", progressive=False), 24) == ["none"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("supra", {"state_budget": 5000}, "--state-budget divides windows"),
+        ("rnnzoo", {"state_budget": 500}, "A state budget of 500 bytes is too small"),
+        ("supra", {"seq_len": 513}, "positions up to 512"),
+        ("supra", {"seq_len": 1}, "between 2 and 512"),
+        ("supra", {"keep": "9"}, "no layer 9"),
+        ("supra", {"keep": "1/1"}, "keeps every layer"),
+        ("supra", {"tokens": -4}, "tokens not negative"),
+    ],
+)
+def test_values_that_do_not_fit_the_teacher_are_refused(teacher, name, options, message):
+    with pytest.raises(RnnzooError, match=message):
+        prepare_recipe(name, teacher, **options)
+
+
+def test_options_that_do_not_fit_the_architecture_are_refused(teacher, tmp_path):
+    wrong = GOOD | {"student": "hedgehog", "student_options": {"feature_map": "polynomial"}}
+    with pytest.raises(RnnzooError, match="student cannot be built: .*feature_map must be"):
+        prepare_recipe(written(tmp_path, wrong), teacher)
+
+
+def test_the_users_values_replace_the_recipes(teacher):
+    recipe = prepare_recipe("rnnzoo", teacher, keep="1/2", state_budget=20_000, tokens=4096, seq_len=128)
+    assert (recipe.keep, recipe.state_budget, recipe.tokens, recipe.seq_len) == ("1/2", 20_000, 4096, 128)
+    assert prepare_recipe("supra", teacher).seq_len == 512  # no longer than the teacher's positions
