@@ -153,8 +153,12 @@ class View:
 
     def state(self) -> str:
         """Bytes of state; those of layers that are attention grow with the context."""
-        more = self.model.get("state_bytes_per_token")
-        return size(self.model.get("state_bytes")) + (f", and {size(more)} for each token of context" if more else "")
+        text = size(self.model.get("state_bytes"))
+        if more := self.model.get("state_bytes_per_token"):
+            text += f", and {size(more)} for each token of context"
+        if bits := self.model.get("window_bits"):
+            text += f"; the window's keys in {bits[0]} and values in {bits[1]} bits"
+        return text
 
     def teacher_revision(self) -> str:
         """The commit or content hash, with the branch or tag that was asked for."""

@@ -23,7 +23,7 @@ from ..zoo.core.registry import ATTENTION_TYPES
 from .memory import keep_freed_memory
 from .prepare import keep_steps, prepare_recipe
 from .recipes import Recipe, parse_keep
-from .run import Run, holds_run, open_run, write_json
+from .run import FINISHED, Run, holds_run, open_run, write_json
 from .student import (
     attention_twin,
     build_student,
@@ -100,7 +100,7 @@ def convert(
     job = _Job(run, found, chosen, data, text_field, seed, getattr(torch, dtype), progress or (lambda *_: None))
     try:
         with user_errors(f"The conversion into {out} stopped, and the same command will go on with it"):
-            if run.record("finished") is None:
+            if run.record(FINISHED) is None:
                 job.stages()
             results = job.results()
             if evaluate:
@@ -237,7 +237,7 @@ class _Job:
                 used += rows if stage.kind != "calibrate" else 0
         assert student is not None
         self.run.publish(student.to(self.dtype), self.tokenizer)
-        self.run.finish("finished", None, {})
+        self.run.finish(FINISHED, None, {})
 
     def _initialise(self, previous: Any, keep: list[int]) -> Any:
         types = layer_types(self.teacher, self.recipe, keep)
@@ -305,7 +305,7 @@ class _Job:
             results["rnnzoo_version"] = version("rnnzoo")
         model = causal_lm_class(self.recipe.student).from_pretrained(self.run.out)
         config = model.config
-        done = [stage for stage in self.run.stages if stage["name"] != "finished"]
+        done = [stage for stage in self.run.stages if stage["name"] != FINISHED]
         shown = [{k: v for k, v in stage.items() if k not in ("student", "kept")} for stage in done]
         text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False)
         records = {}
@@ -324,6 +324,7 @@ class _Job:
             "layer_types": config.layer_types,
             "state_bytes": state_bytes(config, self.dtype),
             "windows": getattr(config, "window_sizes", None),
+            "window_bits": getattr(config, "ring_bits", None),
         }
         results["teacher"] = (results.get("teacher") or {}) | {
             "name": self.teacher.name,

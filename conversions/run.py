@@ -18,8 +18,9 @@ from typing import Any
 
 from ..kernels.errors import RnnzooError
 
-__all__ = ["Run", "holds_run", "open_run", "write_json"]
+__all__ = ["FINISHED", "Run", "holds_run", "open_run", "write_json"]
 
+FINISHED = "finished"  # the last record of a run: the model is in OUT
 FOLDER = ".rnnzoo"
 PUBLISHED = ("config.json", "generation_config.json", "results.json", "evaluation.json", "README.md")
 
@@ -45,7 +46,7 @@ class Run:
         self.stages.append({"name": name} | report)
         self.save()
         for old in self.folder.glob("student-*"):
-            if student is not None and old.name != report["student"]:
+            if name == FINISHED or (student is not None and old.name != report["student"]):
                 shutil.rmtree(old, ignore_errors=True)
         for checkpoint in (self.folder / name).glob("checkpoint-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)

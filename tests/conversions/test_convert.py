@@ -155,6 +155,7 @@ def test_the_same_call_again_trains_nothing(conversions, teachers, recipes, data
     out, results, _ = conversions[1]["llama", "supra"]
     monkeypatch.setattr(convert_module._Job, "stages", None)
     assert convert(teachers["llama"], recipes["supra"], out, data=data, **SMALL) == results
+    assert not list((out / ".rnnzoo").glob("student-*"))  # the model is in OUT; its float32 copy is gone
 
 
 def test_evaluation_writes_card_and_plots(teachers, recipes, data, tmp_path):

@@ -53,7 +53,8 @@ def test_card_shows_what_was_measured_and_the_command_that_made_it(measured, wor
     assert capsys.readouterr().out == f"{measured / 'README.md'}\n"
     card = (measured / "README.md").read_text()
     assert "perplexity, prose" in card and "accuracy, pairs" in card and "sinks |" in card
-    assert "--state-budget 12000 --tokens 6000 --seq-len 128 --dtype float32" in card
+    assert "--state-budget 12000 --tokens 6000 --seq-len 128 --seed 0 --dtype float32" in card
+    assert "window's keys in 8 and values in 4 bits" in card
     assert str(workshop.teacher.parent) not in card and "\0" not in card
 
 
