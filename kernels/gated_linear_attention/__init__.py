@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..dispatch import dispatch, register
 from ..errors import RnnzooError, ShapeError
-from .state import Window, WindowState, ring_offsets, ring_positions
+from .state import Window, WindowState, ring_positions, ring_slots
 
-__all__ = ["Window", "WindowState", "gated_linear_attention", "ring_offsets", "ring_positions"]
+__all__ = ["Window", "WindowState", "gated_linear_attention", "ring_positions", "ring_slots"]
 
 
 def _chunked():
@@ -178,4 +178,5 @@ def _check_window(q: Tensor, v: Tensor, window: Window, state: Tensor | WindowSt
                 "window.ring_features is None; with an initial_state expected the features "
                 f"{(batch, rows, width)} of its ring rows."
             )
-        _expect("window.ring_features", window.ring_features, (batch, rows, width))
+        if time > 1 or window.ring_features.shape != (batch, kv_heads, width):
+            _expect("window.ring_features", window.ring_features, (batch, rows, width))

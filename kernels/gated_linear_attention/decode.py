@@ -56,7 +56,10 @@ def window_step(
         s = s if g is None else s * g.to(dtype).exp().view(-1, 1, 1)
         if window.ring_features is not None:
             leaves = (count - periods >= sinks)[..., None]
-            leaving_k = torch.where(leaves, window.ring_features[rows, slots].to(dtype), 0.0)
+            features = window.ring_features
+            if features.shape[1] != kv_heads:
+                features = features[rows, slots]
+            leaving_k = torch.where(leaves, features.to(dtype), 0.0)
             leaving_v = torch.nn.functional.pad(state.ring_v[rows, slots].to(dtype), (0, 1), value=1.0)
             s = torch.addcmul(s, leaving_k[..., None], leaving_v[..., None, :])
 

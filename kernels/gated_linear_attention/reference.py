@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..steps import Documents
-from .state import LOWEST_SHIFT, Window, WindowState, ring_positions, state_dtype
+from .state import LOWEST_SHIFT, Window, WindowState, ring_positions, ring_slots, state_dtype
 
 
 def gated_linear_attention(
@@ -95,6 +95,9 @@ def _with_window(
     features = window.ring_features
     if features is None:
         features = v.new_zeros(batch, sum(lengths), width)
+    elif features.shape[1] != sum(lengths):  # of the rows that the one token takes over
+        slots = ring_slots(state.count, lengths)[..., None].expand_as(features)
+        features = features.new_zeros(batch, sum(lengths), width).scatter(1, slots, features)
     sections = list(lengths)
     ring_k, ring_v, ring_f = (list(x.to(dtype).split(sections, dim=1)) for x in (state.ring_k, state.ring_v, features))
     s, sink_k, sink_v = (list(x.to(dtype).unbind(1)) for x in (state.s, state.sink_k, state.sink_v))

@@ -7,11 +7,21 @@ features, V value width, R = sum(lengths) ring rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["Window", "WindowState", "final_rings", "ring_heads", "ring_offsets", "ring_positions", "state_dtype"]
+__all__ = [
+    "Window",
+    "WindowState",
+    "final_rings",
+    "ring_heads",
+    "ring_offsets",
+    "ring_positions",
+    "ring_slots",
+    "state_dtype",
+]
 
 # With anchor "absolute" softmax part and linear part are both divided by exp(shift), which cancels. The shift is the
 # largest score, so that no weight overflows, but no less than this, so that the linear part does not overflow either.
@@ -35,7 +45,8 @@ class Window:
         anchor: "absolute": weights are factor * exp(s) against the linear part's q . k.
             "max": factor * exp(s - max_j s_tj) against q . k (LoLCATs, Zhang et al. 2024).
         ring_features: (B, R, K) linear features of the tokens in the rows of the initial state's rings (which they are,
-            `ring_positions` says); the caller computes them again because the rings do not store them.
+            `ring_positions` says); the caller computes them again because the rings do not store them. For a call of
+            one token also (B, Hk, K), of those that it pushes out, in the rows that `ring_slots` says.
     """
 
     q: Tensor
@@ -124,6 +135,18 @@ def ring_positions(count: Tensor, lengths: tuple[int, ...]) -> Tensor:
     periods = torch.cat([torch.full((length,), length, device=count.device) for length in lengths])
     last = count[:, None] - 1
     return last - torch.remainder(last - rows, periods)
+
+
+def ring_slots(count: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """(B, Hk) int64: the ring row of each head that the next token takes over, after `count` (B,) tokens."""
+    periods, offsets = _periods(lengths, count.device)
+    return torch.remainder(count[:, None], periods) + offsets
+
+
+@lru_cache(maxsize=256)
+def _periods(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # the tensors are kept and used again outside of it
+        return torch.tensor(lengths, device=device), torch.tensor(ring_offsets(lengths), device=device)
 
 
 def final_rings(

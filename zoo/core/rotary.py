@@ -68,17 +68,21 @@ class Rotary:
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotates x (B, T, H, D) by positions (B, T) or (1, T); channels beyond rotary_dim pass unchanged."""
         cos, sin = self.cos_sin(positions, x.dtype)
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-        width = cos.shape[-1]
-        turned = x[..., :width]
-        first, second = turned.chunk(2, -1)
-        turned = turned * cos + torch.cat([-second, first], -1) * sin
-        return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
+        return _turn(x, cos, sin)
 
     def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """The inverse of `rotate`."""
         _, factor = self.frequencies.get(self.positions)
-        turned = self.rotate(x, -positions)
-        width = self.cos_sin(positions, x.dtype)[0].shape[-1]
-        # cos and sin carry the factor in both directions.
-        return torch.cat([turned[..., :width] / factor**2, turned[..., width:]], -1)
+        cos, sin = self.cos_sin(positions, x.dtype)
+        if factor != 1.0:  # it is in both directions
+            cos, sin = cos / factor**2, sin / factor**2
+        return _turn(x, cos, -sin)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    width = cos.shape[-1]
+    turned = x[..., :width]
+    first, second = turned.chunk(2, -1)
+    turned = turned * cos + torch.cat([-second, first], -1) * sin
+    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ...kernels.gated_linear_attention import Window, WindowState, gated_linear_attention, ring_offsets, ring_positions
+from ...kernels.gated_linear_attention import Window, WindowState, gated_linear_attention, ring_positions, ring_slots
 from ..core.attention import AttentionProjections
 from ..core.microscaling import Packed, pack, quantise
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
@@ -67,22 +67,22 @@ class PackedHedgehogState(MixerState):
         return WindowState(self.s, *rings, self.count)
 
     def after_one(self, new: WindowState, lengths: tuple[int, ...], k: Packed, v: Packed) -> PackedHedgehogState:
-        """The state after one token, k and v (B, Hk, d): rings and sinks are not packed again, only written to."""
+        """The state after one token, k and v (B, 1, Hk, d): rings and sinks are not packed again, only written to."""
         rows = torch.arange(len(self.count), device=self.count.device)[:, None]
-        offsets = torch.tensor(ring_offsets(lengths), device=self.count.device)
-        slots = torch.remainder(self.count[:, None], torch.tensor(lengths, device=self.count.device)) + offsets
+        slots = ring_slots(self.count, lengths)
         sinks = torch.arange(self.sink_k.codes.shape[2], device=self.count.device)
         written = (sinks == self.count[:, None])[:, None, :, None]
 
         def ring(old: Packed, one: Packed) -> Packed:
             return Packed(
-                old.codes.index_put((rows, slots), one.codes), old.exponents.index_put((rows, slots), one.exponents)
+                old.codes.index_put((rows, slots), one.codes[:, 0]),
+                old.exponents.index_put((rows, slots), one.exponents[:, 0]),
             )
 
         def sink(old: Packed, one: Packed) -> Packed:
             return Packed(
-                torch.where(written, one.codes[:, :, None], old.codes),
-                torch.where(written, one.exponents[:, :, None], old.exponents),
+                torch.where(written, one.codes[:, 0, :, None], old.codes),
+                torch.where(written, one.exponents[:, 0, :, None], old.exponents),
             )
 
         return PackedHedgehogState(
@@ -161,38 +161,46 @@ class HedgehogMixer(Mixer):
 
     def _key_features_of(self, head: int, k: Tensor) -> Tensor:
         """Keys (B, n, d) of one kv head -> (B, n, F)."""
-        logits = _accurate(k @ self.key_map[head].to(k.dtype))
+        return self._features_of(k @ self.key_map[head].to(k.dtype))
+
+    def _features_of(self, logits: Tensor) -> Tensor:
+        """Of keys times the key map."""
+        logits = _accurate(logits)
         if not self.prototypes:
             return torch.cat([logits.softmax(-1), (-logits).softmax(-1)], -1)
         return logits.clamp(max=LARGEST_LOGIT).exp()
 
     def _ring_features(self, state: WindowState, ctx: Context, time: int) -> Tensor:
-        """Features (B, R, F) of the keys in the rings; for a single new token only of those it may push out."""
-        features = state.ring_k.new_zeros(*state.ring_k.shape[:2], self.features, dtype=state.s.dtype)
-        if not self.features:
-            return features
+        """Features (B, R, F) of the keys in the rings; for a single new token (B, Hk, F) of what it pushes out."""
         positions = ring_positions(state.count, self.lengths)
-        offset = 0
-        for head, length in enumerate(self.lengths):
-            rows = torch.arange(length, device=positions.device).expand(len(positions), -1)
-            if time == 1:
-                rows = torch.remainder(state.count, length)[:, None]
-            rows = rows + offset
-            keys = state.ring_k.gather(1, rows[..., None].expand(-1, -1, state.ring_k.shape[-1]))[:, :, None]
+        if time == 1:
+            slots = ring_slots(state.count, self.lengths)
+            rows = torch.arange(len(slots), device=slots.device)[:, None]
+            keys = state.ring_k[rows, slots]
             if self.prototypes:
-                keys = ctx.rotary.unrotate(keys, positions.gather(1, rows))
-            one = self._key_features_of(head, keys[:, :, 0])
-            features = features.scatter(1, rows[..., None].expand(-1, -1, self.features), one.to(features.dtype))
-            offset += length
-        return features
+                keys = ctx.rotary.unrotate(keys[:, :, None], positions.gather(1, slots))[:, :, 0]
+            return self._features_of(torch.einsum("bhd,hdf->bhf", keys, self.key_map.to(keys.dtype))).to(state.s.dtype)
+        keys = state.ring_k[:, :, None]
+        if self.prototypes:
+            keys = ctx.rotary.unrotate(keys, positions)
+        parts = keys[:, :, 0].split(list(self.lengths), 1)
+        features = [self._key_features_of(head, part) for head, part in enumerate(parts)]
+        return torch.cat(features, 1).to(state.s.dtype)
 
     def forward(self, hidden: Tensor, state: HedgehogState | PackedHedgehogState | None, ctx: Context):
         q, k, v = self.proj.split(hidden)
         turned_q, turned_k = ctx.rotary.rotate(q, ctx.positions), ctx.rotary.rotate(k, ctx.positions).to(v.dtype)
-        if self.bits is not None:
+        one = state is not None and k.shape[1] == 1
+        packed = None
+        if self.bits is not None and one:
+            packed = pack(turned_k, self.bits[0]), pack(v, self.bits[1])
+            turned_k, v = (x.unpack(v.dtype) for x in packed)
+        elif self.bits is not None:
             turned_k, v = quantise(turned_k, self.bits[0]), quantise(v, self.bits[1])
-            k = ctx.rotary.unrotate(turned_k, ctx.positions)
+            k = ctx.rotary.unrotate(turned_k, ctx.positions) if self.prototypes else k
         base_q, base_k = (q, k) if self.prototypes else (turned_q, turned_k)
+        # A token's own features count once it leaves the window, not before: `_ring_features` makes them then.
+        features = self._key_features(base_k) if not one else v.new_zeros(*k.shape[:3], self.features)
         before = None if state is None else state.unpack(v.dtype)
         far = ctx.positions.max() >= self.config.sink_distance
         near = ctx.positions.clamp(max=self.config.sink_distance)
@@ -208,7 +216,7 @@ class HedgehogMixer(Mixer):
         )
         o, after = gated_linear_attention(
             self._query_features(base_q),
-            self._key_features(base_k),
+            features,
             v,
             self.log_decay.clamp(max=0),
             window=window,
@@ -221,9 +229,8 @@ class HedgehogMixer(Mixer):
             return o, None
         if self.bits is None:
             return o, HedgehogState(after)
-        if k.shape[1] == 1 and ctx.mask is None:
-            new_k, new_v = pack(turned_k[:, 0], self.bits[0]), pack(v[:, 0], self.bits[1])
-            return o, state.after_one(after, self.lengths, new_k, new_v)
+        if packed is not None and ctx.mask is None:
+            return o, state.after_one(after, self.lengths, *packed)
         return o, self._pack(after)
 
 
