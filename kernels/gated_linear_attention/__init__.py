@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..dispatch import dispatch, register
 from ..errors import RnnzooError, ShapeError
-from .state import Window, WindowState, ring_positions, ring_slots
+from .state import Window, WindowState, ring_positions, ring_slots, state_dtype
 
-__all__ = ["Window", "WindowState", "gated_linear_attention", "ring_positions", "ring_slots"]
+__all__ = ["Window", "WindowState", "gated_linear_attention", "ring_positions", "ring_slots", "state_dtype"]
 
 
 def _chunked():

@@ -25,7 +25,14 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ...kernels.gated_linear_attention import Window, WindowState, gated_linear_attention, ring_positions, ring_slots
+from ...kernels.gated_linear_attention import (
+    Window,
+    WindowState,
+    gated_linear_attention,
+    ring_positions,
+    ring_slots,
+    state_dtype,
+)
 from ..core.attention import AttentionProjections
 from ..core.microscaling import Packed, pack, quantise
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
@@ -194,7 +201,8 @@ class HedgehogMixer(Mixer):
         packed = None
         if self.bits is not None and one:
             packed = pack(turned_k, self.bits[0]), pack(v, self.bits[1])
-            turned_k, v = (x.unpack(v.dtype) for x in packed)
+            # Straight to the type that a step computes in: the rings are as large as they are.
+            turned_k, v = (x.unpack(state_dtype(v.dtype)) for x in packed)
         elif self.bits is not None:
             turned_k, v = quantise(turned_k, self.bits[0]), quantise(v, self.bits[1])
             k = ctx.rotary.unrotate(turned_k, ctx.positions) if self.prototypes else k
@@ -224,7 +232,7 @@ class HedgehogMixer(Mixer):
             seq_ids=ctx.seq_ids,
             mask=ctx.mask,
         )
-        o = self.proj.o_proj(o.flatten(-2))
+        o = self.proj.o_proj(o.flatten(-2).to(q.dtype))
         if state is None:
             return o, None
         if self.bits is None:
