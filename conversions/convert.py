@@ -20,7 +20,7 @@ import yaml
 
 from ..kernels.errors import RnnzooError
 from ..zoo.core.registry import ATTENTION_TYPES
-from .memory import keep_freed_memory
+from .memory import keep_freed_memory, return_freed_memory
 from .prepare import keep_steps, prepare_recipe
 from .recipes import Recipe, parse_keep
 from .run import FINISHED, Run, holds_run, open_run, write_json
@@ -282,6 +282,7 @@ class _Job:
         part = data.rows(first_row, rows)
         twin = self.twin
         self.__dict__.pop("model", None)  # in float32 and no longer needed; a later step loads it again
+        return_freed_memory()
         return train_stage(
             student,
             twin,
