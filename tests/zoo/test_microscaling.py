@@ -55,7 +55,9 @@ def test_the_largest_number_of_a_block_on_the_grid_is_exact(count):
 def test_a_vector_takes_the_bytes_that_are_promised_and_zero_bytes_are_zeros(count, expected):
     packed = pack(torch.randn(64), count)
     assert packed.codes.nbytes + packed.exponents.nbytes == expected
-    empty = Packed(torch.zeros_like(packed.codes), torch.zeros_like(packed.exponents))
+    empty = Packed.zeros(64, bits=count)
+    assert (empty.codes.shape, empty.codes.dtype) == (packed.codes.shape, packed.codes.dtype)
+    assert (empty.exponents.shape, empty.exponents.dtype) == (packed.exponents.shape, packed.exponents.dtype)
     assert torch.equal(empty.unpack(torch.float32), torch.zeros(64))
 
 

@@ -32,6 +32,14 @@ class Packed:
     codes: Tensor
     exponents: Tensor
 
+    @classmethod
+    def zeros(cls, *shape: int, bits: int, device: torch.device | str | None = None) -> Packed:
+        """Zeros of `shape` (..., width)."""
+        *rows, width = shape
+        kind, stored = (torch.int8, width) if bits == 8 else (torch.uint8, width // 2)
+        exponents = torch.zeros(*rows, width // _block(width), dtype=torch.int8, device=device)
+        return cls(torch.zeros(*rows, stored, dtype=kind, device=device), exponents)
+
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """(..., width) in `dtype`."""
         codes = self.codes

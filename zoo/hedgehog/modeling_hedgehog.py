@@ -139,9 +139,17 @@ class HedgehogMixer(Mixer):
         self.proj.load(weights)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> HedgehogState | PackedHedgehogState:
-        width, sinks = self.proj.head_dim, self.config.num_sinks
-        empty = WindowState.zeros(batch, self.lengths, sinks, width, self.features, width, dtype=dtype, device=device)
-        return HedgehogState(empty) if self.bits is None else self._pack(empty)
+        width, sinks, heads = self.proj.head_dim, self.config.num_sinks, len(self.lengths)
+        if self.bits is None:
+            sizes = self.lengths, sinks, width, self.features, width
+            return HedgehogState(WindowState.zeros(batch, *sizes, dtype=dtype, device=device))
+        rings = [
+            Packed.zeros(batch, *shape, width, bits=bits, device=device)
+            for shape in ((sum(self.lengths),), (heads, sinks))
+            for bits in self.bits
+        ]
+        s = torch.zeros(batch, heads, self.features, width + 1, dtype=state_dtype(dtype), device=device)
+        return PackedHedgehogState(s, *rings, torch.zeros(batch, dtype=torch.int64, device=device))
 
     def _pack(self, state: WindowState) -> PackedHedgehogState:
         assert self.bits is not None
