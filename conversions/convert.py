@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging
 import platform
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from .student import (
     layer_types,
     state_bytes,
     student_config,
+    student_parameters,
     window_slots,
 )
 from .teachers import TeacherRef, resolve_teacher
@@ -39,7 +39,6 @@ from .teachers.files import user_errors
 
 __all__ = ["convert"]
 
-log = logging.getLogger(__name__)
 EVALUATION_CHARACTERS = 400_000
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 
@@ -304,8 +303,7 @@ class _Job:
         results.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
         with contextlib.suppress(PackageNotFoundError):  # run from a source tree
             results["rnnzoo_version"] = version("rnnzoo")
-        model = causal_lm_class(self.recipe.student).from_pretrained(self.run.out)
-        config = model.config
+        config = causal_lm_class(self.recipe.student).config_class.from_pretrained(self.run.out)
         done = [stage for stage in self.run.stages if stage["name"] != FINISHED]
         shown = [{k: v for k, v in stage.items() if k not in ("student", "kept")} for stage in done]
         text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False)
@@ -320,22 +318,14 @@ class _Job:
             "name": self.run.out.resolve().name,
             "architecture": self.recipe.student,
             "model_type": config.model_type,
-            "parameters": model.num_parameters(),
+            "parameters": student_parameters(config, self.recipe.student),
             "dtype": str(self.dtype).removeprefix("torch."),
             "layer_types": config.layer_types,
             "state_bytes": state_bytes(config, self.dtype),
             "windows": getattr(config, "window_sizes", None),
             "window_bits": getattr(config, "ring_bits", None),
         }
-        results["teacher"] = (results.get("teacher") or {}) | {
-            "name": self.teacher.name,
-            "kind": self.teacher.kind,
-            "sha": self.teacher.sha,
-            "licence": self.teacher.licence,
-            "base_model": self.teacher.base_model,
-            "parameters": self.teacher.parameters,
-            "revision": self.teacher.revision,
-        }
+        results["teacher"] = (results.get("teacher") or {}) | self.teacher.record()
         digest = hashlib.sha256(text.encode()).hexdigest()
         results["recipe"] = {"name": self.recipe.name, "sha256": digest, "yaml": text}
         training = [stage for stage in done if "loss_first" in stage]

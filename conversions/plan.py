@@ -11,7 +11,7 @@ import torch
 from ..zoo.core.registry import ATTENTION_TYPES
 from .prepare import keep_steps, prepare_recipe
 from .recipes import parse_keep
-from .student import causal_lm_class, layer_types, state_bytes, student_config
+from .student import layer_types, state_bytes, student_config, student_parameters
 from .teachers import resolve_teacher
 
 __all__ = ["Plan", "make_plan"]
@@ -54,8 +54,6 @@ def make_plan(
     types = layer_types(found, chosen, kept)
     student = student_config(found, chosen, types)
     state = chosen.state_budget or state_bytes(student, torch.bfloat16)
-    with torch.device("meta"):
-        parameters = causal_lm_class(chosen.student)(student).num_parameters()
     kv_token = 2 * student.num_key_value_heads * student.head_dim * 2
     flops = 0.0
     stages = []
@@ -73,7 +71,7 @@ def make_plan(
                 "licence": found.licence or "not stated",
             },
             "parameters": found.parameters,
-            "student_parameters": parameters,
+            "student_parameters": student_parameters(student, chosen.student),
             "recipe": {"name": chosen.name, "student": chosen.student, "steps": keep_steps(chosen, len(types))},
             "kept_attention": kept,
             "state_bytes": state,

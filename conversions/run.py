@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.errors import RnnzooError
+from .files import replace_text
 
 __all__ = ["FINISHED", "Run", "holds_run", "open_run", "write_json"]
 
@@ -88,9 +89,7 @@ def _save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def holds_run(out: str | os.PathLike) -> bool:

@@ -29,6 +29,7 @@ __all__ = [
     "layer_types",
     "state_bytes",
     "student_config",
+    "student_parameters",
     "window_slots",
 ]
 
@@ -100,6 +101,12 @@ def attention_twin(teacher: TeacherRef, model: PreTrainedModel, dtype: torch.dty
     types = teacher.family.attention_types(teacher.config)
     twin = build_student(teacher, model, student_config(teacher, recipe, types), "full_attention", dtype, 0)
     return twin.eval().requires_grad_(False)
+
+
+def student_parameters(config: RecurrentConfig, mixer: str) -> int:
+    """Parameters of a student, tied ones once; computed without allocating weights."""
+    with torch.device("meta"):
+        return causal_lm_class(mixer)(config).num_parameters()
 
 
 def state_bytes(config: RecurrentConfig, dtype: torch.dtype) -> int:

@@ -124,15 +124,7 @@ def open_columns(
     if teacher is None:
         return opened
     ref = teacher if isinstance(teacher, TeacherRef) else resolve_teacher(str(teacher))
-    opened.teacher = {
-        "name": ref.name,
-        "kind": ref.kind,
-        "sha": ref.sha,
-        "licence": ref.licence,
-        "parameters": ref.parameters,
-        "revision": ref.revision,
-        "base_model": ref.base_model,
-    }
+    opened.teacher = ref.record()
     if not {"teacher", "window"} & set(names):
         return opened
     model = ref.load(dtype=dtype).to(device).eval()

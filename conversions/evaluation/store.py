@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import RnnzooError
+from ..files import replace_text
 
 __all__ = ["Store", "folder_sha256", "read_json", "write_json"]
 
@@ -23,20 +22,11 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         RnnzooError: the folder cannot be written or the disk is full.
     """
-    temporary = None
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        replace_text(path, text)
     except OSError as error:
-        if temporary:
-            temporary.unlink(missing_ok=True)
         raise RnnzooError(f"Cannot write {path}: {error.strerror or error}.") from None
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ...kernels.losses import linear_cross_entropy, linear_kl
+from ..files import replace_text
 from ..recipes import Stage
 
 if TYPE_CHECKING:
@@ -213,14 +213,9 @@ def train_stage(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, parameter in student.named_parameters():
-        mixer = ".mixer." in name
-        parameter.requires_grad_(stage.trains == "all" or mixer)
-    for block in student.model.layers:
-        if block.mixer.layer_type in ("full_attention", "sliding_attention") and stage.kind == "align":
-            block.mixer.requires_grad_(False)
-    if stage.kind == "align":
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and is_new(name))
+        # A kept attention layer has nothing new.
+        chosen = is_new(name) if stage.kind == "align" else stage.trains == "all" or ".mixer." in name
+        parameter.requires_grad_(chosen)
     per_step = max(1, min(batch_tokens // data.seq_len, len(data)))
     steps = max(1, len(data) // per_step)
     arguments = TrainingArguments(
@@ -284,9 +279,7 @@ def _cut_metrics(folder: Path, checkpoint: Path | None) -> None:
     """Forgets the metrics of steps that will be done again."""
     step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
     kept = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]
-    temporary = folder / "metrics.jsonl.part"
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, folder / "metrics.jsonl")
+    replace_text(folder / "metrics.jsonl", "".join(kept))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

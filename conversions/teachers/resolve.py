@@ -63,6 +63,11 @@ class TeacherRef:
         """The number of parameters, from the config."""
         return count_parameters(self.family, self.config)
 
+    def record(self) -> dict[str, Any]:
+        """What results.json says of it."""
+        names = ("name", "kind", "sha", "licence", "base_model", "parameters", "revision")
+        return {name: getattr(self, name) for name in names}
+
     def fetch(self) -> Path:
         """Downloads what `load` needs (kinds "hub" and "embedded"); returns the folder.
 

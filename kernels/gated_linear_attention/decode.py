@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 
 from .linear_part import divide
-from .state import LOWEST_SHIFT, Window, WindowState, ring_heads, ring_offsets, state_dtype
+from .state import LOWEST_SHIFT, Window, WindowState, ring_heads, ring_layout, ring_slots, state_dtype
 
 
 @lru_cache(maxsize=256)
-def _layout(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(Hk,) lengths and offsets, (R,) each row's place in its ring and the ring's length, (Hk, R) rows of each head."""
+def _layout(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(R,) each row's place in its ring and the ring's length, (Hk, R) rows of each head."""
     with torch.inference_mode(False):  # the tensors are kept and used again outside of it
         owner = ring_heads(lengths, device)
-        periods = torch.tensor(lengths, device=device)
-        offsets = torch.tensor(ring_offsets(lengths), device=device)
+        periods, offsets = ring_layout(lengths, device)
         places = torch.arange(sum(lengths), device=device) - offsets[owner]
-        return periods, offsets, places, periods[owner], owner == torch.arange(len(lengths), device=device)[:, None]
+        return places, periods[owner], owner == torch.arange(len(lengths), device=device)[:, None]
 
 
 def window_step(
@@ -47,8 +46,9 @@ def window_step(
         q, k = (torch.where(keep[..., None], x, 0.0) for x in (q, k))
         new_q, new_k, new_v = (torch.where(keep, x, 0.0) for x in (new_q, new_k, new_v))
         sink_q = None if sink_q is None else torch.where(keep[..., None], sink_q, 0.0)
-    periods, offsets, places, row_periods, owned = _layout(window.lengths, v.device)
-    slots = count % periods + offsets  # (B, Hk): the row that the token takes over
+    periods, _ = ring_layout(window.lengths, v.device)
+    places, row_periods, owned = _layout(window.lengths, v.device)
+    slots = ring_slots(state.count, window.lengths)
     rows = torch.arange(batch, device=v.device)[:, None]
 
     s = state.s
@@ -71,7 +71,7 @@ def window_step(
     scores = near @ ring_k.to(dtype).transpose(1, 2)
     sink_k, sink_v = state.sink_k, state.sink_v
     if sinks:
-        _, _, token, _, sinks_owned = _layout((sinks,) * kv_heads, v.device)
+        token, _, sinks_owned = _layout((sinks,) * kv_heads, v.device)
         written = (token[:sinks] == count)[:, None, :, None]
         sink_k = torch.where(written, new_k[:, :, None], sink_k)
         sink_v = torch.where(written, new_v[:, :, None], sink_v)

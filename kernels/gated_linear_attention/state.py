@@ -139,12 +139,13 @@ def ring_positions(count: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 def ring_slots(count: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """(B, Hk) int64: the ring row of each head that the next token takes over, after `count` (B,) tokens."""
-    periods, offsets = _periods(lengths, count.device)
+    periods, offsets = ring_layout(lengths, count.device)
     return torch.remainder(count[:, None], periods) + offsets
 
 
 @lru_cache(maxsize=256)
-def _periods(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def ring_layout(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(Hk,) lengths, and first ring row of each head."""
     with torch.inference_mode(False):  # the tensors are kept and used again outside of it
         return torch.tensor(lengths, device=device), torch.tensor(ring_offsets(lengths), device=device)
 
