@@ -7,7 +7,6 @@ from .default import HUB_DATASET, default_corpus
 from .hashes import Overlap, TextHashes, refuse_overlap
 from .installed import python_prose
 from .packing import PackedTokens, check_sequence_length, pack
-from .sampling import sample_from_teacher
 
 __all__ = [
     "HUB_DATASET",
@@ -25,6 +24,5 @@ __all__ = [
     "pack",
     "python_prose",
     "refuse_overlap",
-    "sample_from_teacher",
     "split_of",
 ]

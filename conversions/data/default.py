@@ -14,7 +14,6 @@ from ...kernels.errors import RnnzooError
 from ..teachers.files import hub_reachable
 from .corpus import Corpus, corpus_from_texts, mixed_corpus, open_corpus
 from .installed import PROSE_SOURCE, python_prose
-from .sampling import sample_from_teacher
 
 __all__ = ["HUB_DATASET", "default_corpus"]
 
@@ -50,6 +49,7 @@ def default_corpus(
     prose = corpus_from_texts(python_prose(), PROSE_SOURCE)
     if model is None or not sampled_tokens:
         return prose
+    from .sampling import sample_from_teacher  # brings in generation, which planning does without
 
     texts = sample_from_teacher(
         model, tokenizer, sampled_tokens, seed=seed, max_new_tokens=sampled_length, progress=progress

@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from rnnzoo.conversions.data import default as default_module
-from rnnzoo.conversions.data import default_corpus, python_prose, sample_from_teacher, sampling
+from rnnzoo.conversions.data import default_corpus, python_prose, sampling
+from rnnzoo.conversions.data.sampling import sample_from_teacher
 from rnnzoo.conversions.data.installed import _clean
 from rnnzoo.conversions.data.prompts import TOPICS
 
