@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Documents", "document_starts", "take", "valid_first"]
+__all__ = ["Documents", "document_starts", "step_codes", "take", "valid_first"]
 
 
 def document_starts(seq_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -21,6 +21,16 @@ def document_starts(seq_ids: Tensor, mask: Tensor | None) -> Tensor:
     last_valid = torch.where(mask, steps, -1).cummax(dim=1).values
     before = F.pad(last_valid[:, :-1], (1, 0), value=-1)
     return mask & (before >= 0) & (seq_ids.gather(1, before.clamp(min=0)) != seq_ids)
+
+
+def step_codes(seq_ids: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """(B, T) uint8 for fused code: 0 the step continues, 1 it begins a document, 2 it is masked; None: all continue."""
+    if seq_ids is None and mask is None:
+        return None
+    codes = None if seq_ids is None else document_starts(seq_ids, mask).to(torch.uint8)
+    if mask is None:
+        return codes
+    return torch.where(mask, 0 if codes is None else codes, 2).to(torch.uint8)
 
 
 def valid_first(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...kernels.cache import cache_root
 from ...kernels.errors import RnnzooError
 
 __all__ = ["cache_root", "check_safetensors", "content_hash", "hub_reachable", "quiet_loading", "user_errors"]
@@ -21,15 +22,6 @@ __all__ = ["cache_root", "check_safetensors", "content_hash", "hub_reachable", "
 FULL_HASH_BYTES = 2 << 30
 SAMPLE_BYTES = 1 << 16
 SAMPLES_PER_FILE = 256
-
-
-def cache_root() -> Path:
-    """The folder for what rnnzoo fetches once: $RNNZOO_CACHE, else beside the Hub's cache, else the user's cache."""
-    if chosen := os.environ.get("RNNZOO_CACHE"):
-        return Path(chosen).expanduser()
-    if hub_home := os.environ.get("HF_HOME"):
-        return Path(hub_home).expanduser().parent / "rnnzoo"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnzoo"
 
 
 @contextmanager

@@ -1,0 +1,128 @@
+"""What the Triton backends share: whether they can run here, and block sizes that were measured once.
+
+Kernels are imported only where Triton is; with TRITON_INTERPRET=1 they run on the CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import cache_root
+
+__all__ = ["interpreted", "problem", "supports", "tuned"]
+
+
+def interpreted() -> bool:
+    """True where Triton's interpreter runs the kernels (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def problem() -> str | None:
+    """Why Triton kernels cannot run on this machine; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'rnnzoo[gpu]')"
+    if not interpreted() and not torch.cuda.is_available():
+        return "no GPU was found"
+    return None
+
+
+def supports(tensors: dict[str, Tensor | None], dtypes: Sequence[torch.dtype] = ()) -> str | None:
+    """Why these inputs are not for Triton, as a backend's `supports` tells it; None where they are.
+
+    Args:
+        dtypes: of floating inputs; () is float32, bfloat16 and float16.
+    """
+    allowed = tuple(dtypes) or (torch.float32, torch.bfloat16, torch.float16)
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device.type != "cuda" and not interpreted():
+            return f"{name} is on {tensor.device.type}"
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype not in allowed:
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def tuned(
+    kernel: str,
+    key: tuple[Any, ...],
+    rule: dict[str, int],
+    candidates: Sequence[dict[str, int]] = (),
+    run: Callable[[dict[str, int]], Any] | None = None,
+) -> dict[str, int]:
+    """Block sizes of a kernel launch: what was measured on this GPU, or else `rule`.
+
+    With RNNZOO_AUTOTUNE=1 the candidates are timed once for each kernel, GPU and key, and the best is kept on disk.
+
+    Args:
+        key: what the best choice depends on (widths, dtype), and never the sequence length or the batch size.
+        run: launches the kernel with the sizes it is given.
+    """
+    if interpreted() or not torch.cuda.is_available():
+        return rule
+    device = torch.cuda.get_device_name()
+    name = " ".join(map(str, (kernel, *key)))
+    known = _read(device)
+    if name in known:
+        return known[name]
+    if run is None or not candidates or os.environ.get("RNNZOO_AUTOTUNE") != "1":
+        return rule
+    best = min((rule, *candidates), key=lambda sizes: _milliseconds(run, sizes))
+    _write(device, {**_read(device, fresh=True), name: best})
+    return best
+
+
+def _path(device: str) -> Any:
+    return cache_root() / "kernels" / f"tuning-{re.sub(r'[^A-Za-z0-9]+', '-', device)}.json"
+
+
+_known: dict[str, dict[str, dict[str, int]]] = {}
+
+
+def _read(device: str, fresh: bool = False) -> dict[str, dict[str, int]]:
+    if fresh or device not in _known:
+        try:
+            _known[device] = json.loads(_path(device).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none yet, or unreadable: measured again
+            _known[device] = {}
+    return _known[device]
+
+
+def _write(device: str, table: dict[str, dict[str, int]]) -> None:
+    path = _path(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        json.dump(table, file, indent=1, sort_keys=True)
+    os.replace(file.name, path)
+    _known[device] = table
+
+
+def _milliseconds(run: Callable[[dict[str, int]], Any], sizes: dict[str, int]) -> float:
+    """Median of ten launches; infinite where these sizes do not fit the GPU."""
+    try:
+        run(sizes)
+        times = []
+        for _ in range(10):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run(sizes)
+            stop.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(stop))
+        return sorted(times)[len(times) // 2]
+    except Exception as error:  # Triton's OutOfResources, whose module moves between versions
+        if "out of resource" in str(error).lower():
+            return float("inf")
+        raise

@@ -1,0 +1,96 @@
+"""Linear scan: an elementwise linear recurrence, real or complex.
+
+    h_t = a_t * h_{t-1} + x_t
+
+B batch, T time, D channels. Used by minGRU, minLSTM, LRU, RG-LRU (Hawk, Griffin), HGRN, GateLoop, S5.
+Sources: Blelloch 1990 (scans), Martin and Cundy 2018 (linear recurrences in parallel), LRU (Orvieto et al. 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..checks import check_steps, expect, expect_ndim
+from ..dispatch import dispatch, register
+from ..errors import ShapeError
+
+__all__ = ["linear_scan", "linear_scan_step"]
+
+
+def _cpu():
+    from .cpu import linear_scan
+
+    return linear_scan
+
+
+def _chunked():
+    from .chunked import linear_scan
+
+    return linear_scan
+
+
+def _reference():
+    from .reference import linear_scan
+
+    return linear_scan
+
+
+def _cpu_supports(*, a, x, initial_state, seq_ids, mask) -> str | None:
+    return native.supports("linear_scan", {"a": a, "x": x, "initial_state": initial_state})
+
+
+def _cpu_available() -> str | None:
+    return native.problem("linear_scan", build=False)
+
+
+register("linear_scan", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
+register("linear_scan", "chunked", _chunked, priority=10)
+register("linear_scan", "reference", _reference, priority=0)
+
+
+def linear_scan(
+    a: Tensor,
+    x: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    seq_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The states of h_t = a_t * h_{t-1} + x_t, channel by channel.
+
+    Args:
+        a, x: (B, T, D), both real or both complex. a is the factor itself, not its logarithm; any value is allowed.
+        initial_state: (B, D); None: zeros.
+        seq_ids: (B, T) integers; the state is zeroed where the id differs from the valid step before. The first step
+            continues `initial_state`.
+        mask: (B, T) booleans; a step with False leaves the state as it was and gives a zero output.
+        backend: which implementation; None chooses the fastest (`kernels/dispatch.py`).
+    Returns:
+        h: (B, T, D) in x's dtype, and the last state, (B, D) in float32 or complex64 (float64, complex128 for inputs of
+        that width).
+    Raises:
+        ShapeError: names the argument, its shape and the expected one.
+    """
+    expect_ndim("x", x, 3, "(batch, time, channels)")
+    batch, time, channels = x.shape
+    expect("a", a, (batch, time, channels))
+    if a.is_complex() != x.is_complex():
+        raise ShapeError(f"a has dtype {a.dtype} and x {x.dtype}; expected both real or both complex.")
+    if initial_state is not None:
+        expect("initial_state", initial_state, (batch, channels))
+    check_steps(seq_ids, mask, batch, time)
+    call = {"a": a, "x": x, "initial_state": initial_state, "seq_ids": seq_ids, "mask": mask}
+    return dispatch("linear_scan", call, backend)
+
+
+def linear_scan_step(a: Tensor, x: Tensor, state: Tensor, *, backend: str | None = None) -> Tensor:
+    """One step of decoding: `state` (B, D), float32 or complex64, becomes a * state + x **in place** and is returned.
+
+    Args:
+        a, x: (B, D). Without gradients.
+    """
+    with torch.no_grad():
+        return state.mul_(a).add_(x)

@@ -1,0 +1,27 @@
+"""The equation of `linear_scan` as a loop over time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..steps import Documents
+from .chunked import scan_dtype
+
+
+def linear_scan(
+    *, a: Tensor, x: Tensor, initial_state: Tensor | None, seq_ids: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.linear_scan`."""
+    batch, time, channels = x.shape
+    dtype = scan_dtype(x.dtype)
+    h = x.new_zeros(batch, channels, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    documents = Documents(batch, seq_ids, mask, x.device)
+    outputs = []
+    for t in range(time):
+        valid, begins = (flags[:, None] for flags in documents.step(t))
+        a_t, x_t = (torch.where(valid, values[:, t].to(dtype), 0.0) for values in (a, x))  # whatever stood there
+        after = a_t * torch.where(begins, 0.0, h) + x_t
+        outputs.append(torch.where(valid, after, 0.0))
+        h = torch.where(valid, after, h)
+    return torch.stack(outputs, dim=1).to(x.dtype), h
