@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .cache import cache_root
 
-__all__ = ["interpreted", "problem", "supports", "tuned"]
+__all__ = ["interpreted", "priority", "problem", "supports", "tuned"]
 
 
 def interpreted() -> bool:
@@ -126,3 +126,8 @@ def _milliseconds(run: Callable[[dict[str, int]], Any], sizes: dict[str, int]) -
         if "out of resource" in str(error).lower():
             return float("inf")
         raise
+
+
+def priority() -> int:
+    """Of a Triton backend: before all others with a GPU; without one, only where it is asked for by name."""
+    return 30 if torch.cuda.is_available() else -10
