@@ -1,8 +1,8 @@
-"""The C backends: one `cpu.c` a folder, compiled by the system's compiler when first used, kept in a cache, loaded by ctypes.
+"""The C backends: one `cpu.c` a folder, compiled by the system's compiler when first used and loaded by ctypes.
 
-Nothing is built at installation and no torch header is read, so one build serves every torch version. The cache's key is
-the source, the flags, the compiler and the processor; a build is written under a temporary name and renamed, and a lock
-file lets several processes that start at once wait for one compiler run. Where there is no compiler, or it fails, the
+Nothing is built at installation and no torch header is read, so one build serves every torch version. Builds are kept
+in a cache, whose key is the source, the flags, the compiler and the processor; each is written under a temporary name
+and renamed, and a lock file lets several processes that start at once wait for one compiler run. Where there is no compiler, or it fails, the
 backend says so (`problem`), once in the log, and the next backend serves.
 
 The library uses torch's own OpenMP threads: it is linked with the OpenMP runtime that torch has loaded, because two

@@ -1,4 +1,4 @@
-"""For all tests: without a GPU, Triton kernels run in Triton's interpreter, which must be said before it is imported."""
+"""For all tests: without a GPU, Triton kernels run in Triton's interpreter (to be said before Triton is imported)."""
 
 from __future__ import annotations
 

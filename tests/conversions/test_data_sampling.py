@@ -8,9 +8,9 @@ from transformers import DynamicCache
 
 from rnnzoo.conversions.data import default as default_module
 from rnnzoo.conversions.data import default_corpus, python_prose, sampling
-from rnnzoo.conversions.data.sampling import sample_from_teacher
 from rnnzoo.conversions.data.installed import _clean
 from rnnzoo.conversions.data.prompts import TOPICS
+from rnnzoo.conversions.data.sampling import sample_from_teacher
 
 from .tiny import TINY_FAMILIES, tiny_model, tiny_tokenizer
 

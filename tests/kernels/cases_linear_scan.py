@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from rnnzoo.kernels.linear_scan import linear_scan
 
 from .recurrences import Recurrence, Shape

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rnnzoo.kernels.dispatch import backends
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from rnnzoo.kernels.dispatch import backends
 
 EXACT = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float64: torch.float64}
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rnnzoo.kernels.dispatch import backends
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
+
+from rnnzoo.kernels.dispatch import backends
 
 from .recurrences import Recurrence, Shape, assert_close, cases, cast, cut, inputs_of, random_steps, rounded, run
 
