@@ -22,7 +22,7 @@ from ..zoo.core.registry import ATTENTION_TYPES
 from .memory import keep_freed_memory, return_freed_memory
 from .prepare import keep_steps, prepare_recipe
 from .recipes import Recipe, parse_keep
-from .run import FINISHED, Run, holds_run, open_run, write_json
+from .run import FINISHED, Run, alone_in, holds_run, open_run, write_json
 from .student import (
     attention_twin,
     build_student,
@@ -95,22 +95,26 @@ def convert(
         "seed": seed,
         "dtype": dtype,
     }
-    run = open_run(out, request, restart)
-    job = _Job(run, found, chosen, data, text_field, seed, getattr(torch, dtype), progress or (lambda *_: None))
-    try:
-        with user_errors(f"The conversion into {out} stopped, and the same command will go on with it"):
-            if run.record(FINISHED) is None:
-                job.stages()
-            results = job.results()
-            if evaluate:
-                results = job.evaluate()
-            from ..cards import render_card
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(alone_in(out))
+        run = open_run(out, request, restart)
+        if run.created:
+            stack.enter_context(alone_in(out))
+        job = _Job(run, found, chosen, data, text_field, seed, getattr(torch, dtype), progress or (lambda *_: None))
+        try:
+            with user_errors(f"The conversion into {out} stopped, and the same command will go on with it"):
+                if run.record(FINISHED) is None:
+                    job.stages()
+                results = job.results()
+                if evaluate:
+                    results = job.evaluate()
+                from ..cards import render_card
 
-            render_card(run.out)
-    except RnnzooError:
-        if not run.stages:
-            run.discard()
-        raise
+                render_card(run.out)
+        except RnnzooError:
+            if not run.stages:
+                run.discard()
+            raise
     return results
 
 

@@ -10,16 +10,18 @@ Everything is written under a temporary name and renamed, so that a killed run f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..kernels.errors import RnnzooError
 from .files import replace_text
 
-__all__ = ["FINISHED", "Run", "holds_run", "open_run", "write_json"]
+__all__ = ["FINISHED", "Run", "alone_in", "holds_run", "open_run", "write_json"]
 
 FINISHED = "finished"  # the last record of a run: the model is in OUT
 FOLDER = ".rnnzoo"
@@ -95,6 +97,35 @@ def write_json(path: Path, value: Any) -> None:
 def holds_run(out: str | os.PathLike) -> bool:
     """Whether a run was begun in `out`."""
     return (Path(out) / FOLDER / "run.json").is_file()
+
+
+@contextlib.contextmanager
+def alone_in(out: str | os.PathLike) -> Iterator[None]:
+    """Holds the folder `out`, where it exists, for this process; a lock of the system's, gone when the process is.
+
+    Raises:
+        RnnzooError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not POSIX: no locks of folders
+        yield
+        return
+    if not Path(out).is_dir():
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise RnnzooError(f"Another process is converting into {out}; let it end, or choose another folder.") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def open_run(out: str | os.PathLike, request: dict[str, Any], restart: bool) -> Run:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rnnzoo.conversions import run as run_module
-from rnnzoo.conversions.run import holds_run, open_run
+from rnnzoo.conversions.run import alone_in, holds_run, open_run
 from rnnzoo.kernels.errors import RnnzooError
 
 REQUEST = {"teacher": "abc", "recipe": {"name": "r", "stages": [{"lr": 0.1}, {"lr": 0.2}]}, "data": None, "seed": 0}
@@ -207,3 +209,20 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         run_module.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1} and files(tmp_path) == {"x.json"}
+
+
+def test_a_second_process_is_kept_out_while_the_first_one_works(tmp_path):
+    code = "import sys; from rnnzoo.conversions.run import alone_in\nwith alone_in(sys.argv[1]): print('in')"
+
+    def second() -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        environment = os.environ | {"RNNZOO_NO_REGISTER": "1"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    with alone_in(tmp_path):
+        refused = second()
+        assert refused.returncode and f"Another process is converting into {tmp_path}" in refused.stderr
+    assert second().stdout == "in\n"
+    with alone_in(tmp_path / "not yet there"):
+        pass
+    assert not list(tmp_path.iterdir())
