@@ -11,10 +11,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import gpu, native
 from ..dispatch import dispatch, register
 from ..errors import RnnzooError, ShapeError
 
-__all__ = ["short_conv"]
+__all__ = ["short_conv", "short_conv_step"]
+
+
+def _triton():
+    from .triton_ import short_conv
+
+    return short_conv
+
+
+def _cpu():
+    from .cpu import short_conv
+
+    return short_conv
 
 
 def _chunked():
@@ -29,8 +42,49 @@ def _reference():
     return short_conv
 
 
+def _cpu_step():
+    from .cpu import short_conv_step
+
+    return short_conv_step
+
+
+def _chunked_step():
+    from .chunked import short_conv_step
+
+    return short_conv_step
+
+
+def _cpu_supports(*, x, weight, bias, initial_state, activation, seq_ids, mask) -> str | None:
+    if weight.shape[1] > 16:
+        return f"weight has {weight.shape[1]} taps, more than 16"
+    tensors = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
+    return native.supports("short_conv", tensors)
+
+
+def _cpu_available() -> str | None:
+    return native.problem("short_conv", build=False)
+
+
+def _cpu_step_supports(*, x, weight, bias, state, activation) -> str | None:
+    if weight.shape[1] > 16:
+        return f"weight has {weight.shape[1]} taps, more than 16"
+    if state.dtype != x.dtype:
+        return f"the state is {state.dtype} and x {x.dtype}"
+    if not state.is_contiguous():
+        return "the state is not contiguous"
+    return native.supports("short_conv", {"x": x, "weight": weight})
+
+
+def _triton_supports(*, x, weight, bias, initial_state, activation, seq_ids, mask) -> str | None:
+    return gpu.supports({"x": x, "weight": weight, "bias": bias, "initial_state": initial_state})
+
+
+register("short_conv", "triton", _triton, priority=gpu.priority(), supports=_triton_supports, available=gpu.problem)
+register("short_conv", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
 register("short_conv", "chunked", _chunked, priority=10)
 register("short_conv", "reference", _reference, priority=0)
+register("short_conv_step", "cpu", _cpu_step, priority=20, supports=_cpu_step_supports, available=_cpu_available)
+register("short_conv_step", "chunked", _chunked_step, priority=10)
 
 
 def short_conv(
@@ -88,3 +142,28 @@ def short_conv(
         "mask": mask,
     }
     return dispatch("short_conv", call, backend)
+
+
+def short_conv_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    *,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of decoding: y (B, D). `state` (B, D, W-1), of x's dtype, takes in x **in place**. Without gradients.
+
+    Args:
+        x: (B, D). weight: (D, W). bias: (D,). activation: None or "silu".
+    Raises:
+        ShapeError: where the shapes do not fit together.
+    """
+    channels, taps = weight.shape
+    if state.shape != (*x.shape, taps - 1) or x.shape[-1] != channels:
+        shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and state {tuple(state.shape)}"
+        raise ShapeError(f"{shapes} do not fit; expected (batch, D), (D, W) and (batch, D, W-1).")
+    call = {"x": x, "weight": weight, "bias": bias, "state": state, "activation": activation}
+    with torch.no_grad():
+        return dispatch("short_conv_step", call, backend)

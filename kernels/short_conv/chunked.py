@@ -56,3 +56,12 @@ def short_conv(
         own = document.gather(1, rows)
         state = torch.where((own == own[:, -1:])[..., None], state, 0.0)
     return y, state.transpose(1, 2)
+
+
+def short_conv_step(*, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None) -> Tensor:
+    """See `kernels.short_conv.short_conv_step`."""
+    taps = torch.cat([state, x[..., None]], dim=-1)
+    y = (taps * weight.to(x.dtype)).sum(dim=-1)
+    y = y if bias is None else y + bias.to(x.dtype)
+    state.copy_(taps[..., 1:])
+    return F.silu(y) if activation == "silu" else y

@@ -10,8 +10,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rnnzoo.kernels import native
 from rnnzoo.kernels.errors import RnnzooError, ShapeError
-from rnnzoo.kernels.short_conv import short_conv
+from rnnzoo.kernels.short_conv import short_conv, short_conv_step
+
+from .cases_short_conv import RECURRENCES
+from .recurrences import assert_close, cast, random_steps, rounded, run
 
 BACKENDS = ["reference", "chunked"]
 
@@ -104,6 +108,69 @@ def test_bfloat16_is_close_and_kept():
     y, state = short_conv(**{name: x.bfloat16() for name, x in call.items()}, activation="silu")
     assert y.dtype == state.dtype == torch.bfloat16
     assert (y - exact).norm() / exact.norm() < 0.02
+
+
+def skip_without_compiler():
+    reason = native.problem("short_conv")
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "taps"), [(3, 4), (15, 2), (17, 1), (530, 7), (1100, 16)])
+@pytest.mark.parametrize("time", [5, 700])
+def test_the_c_code_takes_any_number_of_channels_taps_and_steps(dtype, channels, taps, time):
+    """Beyond one block of channels, one task's steps and LANES channels; the last row is masked in full."""
+    skip_without_compiler()
+    torch.manual_seed(0)
+    shapes = {"x": (3, time, channels), "weight": (channels, taps), "bias": (channels,)}
+    shapes["initial_state"] = (3, channels, taps - 1)
+    inputs = {name: torch.randn(*shape, dtype=torch.float64) for name, shape in shapes.items()}
+    steps = random_steps(3, time, 0.05, 0.3)
+    steps["mask"][2] = False
+    recurrence = RECURRENCES[0]
+    expected = run(recurrence, rounded(recurrence, inputs, dtype), "silu", "chunked", **steps)
+    found = run(recurrence, cast(recurrence, inputs, dtype), "silu", "cpu", **steps)
+    assert_close(found, expected, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_more_taps_than_the_c_code_takes_run_elsewhere():
+    x, weight = torch.randn(1, 30, 16), torch.randn(16, 17)
+    with pytest.raises(RnnzooError, match="weight has 17 taps, more than 16"):
+        short_conv(x, weight, backend="cpu")
+    torch.testing.assert_close(short_conv(x, weight)[0], short_conv(x, weight, backend="chunked")[0])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "taps"), [(24, 4), (300, 2), (5, 16), (600, 1)])
+def test_a_step_is_a_call_with_one_step_and_changes_the_state_in_place(backend, dtype, channels, taps):
+    if backend == "cpu":
+        skip_without_compiler()
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, channels), torch.randn(channels, taps), torch.randn(channels)
+    state = torch.randn(3, channels, taps - 1)
+    x, state = x.to(dtype), state.to(dtype)
+    for own_bias, activation in ((bias, "silu"), (None, None)):
+        call = {"activation": activation, "initial_state": state.double(), "backend": "reference"}
+        wide = None if own_bias is None else own_bias.double()
+        expected, after = short_conv(x[:, None].double(), weight.double(), wide, **call)
+        y = short_conv_step(x, weight, own_bias, state, activation=activation, backend=backend)
+        assert y.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        assert (y.double() - expected[:, 0]).norm() <= tolerance * expected.norm()
+        assert torch.equal(state.double(), after)
+
+
+def test_a_step_takes_a_strided_input_and_says_which_state_it_needs():
+    weight, state = torch.randn(24, 4), torch.zeros(2, 24, 3)
+    y = short_conv_step(torch.ones(2, 1).expand(2, 24), weight, None, state)
+    torch.testing.assert_close(y, weight[:, -1].expand(2, 24))
+    with pytest.raises(ShapeError, match=r"x \(2, 24\), weight \(24, 4\) and state \(2, 24, 4\) do not fit"):
+        short_conv_step(torch.ones(2, 24), weight, None, torch.zeros(2, 24, 4))
+    turned = torch.zeros(2, 3, 24).transpose(1, 2)
+    short_conv_step(torch.ones(2, 24), weight, None, turned)
+    assert (turned[..., -1] == 1).all()
 
 
 @pytest.mark.parametrize(
