@@ -1,0 +1,157 @@
+"""Selective scan: a diagonal state space model whose step width, input and output maps depend on the token.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t        h in R^{D x N}
+    y_t = h_t C_t + D x_t
+
+B batch, T time, D channels, N state numbers a channel. Used by Mamba.
+Source: Gu and Dao 2023, "Mamba", section 3 and algorithm 2.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import gpu, native
+from ..checks import check_steps, expect, expect_ndim
+from ..dispatch import dispatch, register
+from ..errors import ShapeError
+
+__all__ = ["selective_scan", "selective_scan_step"]
+
+
+def _triton():
+    from .triton_ import selective_scan
+
+    return selective_scan
+
+
+def _cpu():
+    from .cpu import selective_scan
+
+    return selective_scan
+
+
+def _chunked():
+    from .chunked import selective_scan
+
+    return selective_scan
+
+
+def _reference():
+    from .reference import selective_scan
+
+    return selective_scan
+
+
+def _cpu_step():
+    from .cpu import selective_scan_step
+
+    return selective_scan_step
+
+
+def _chunked_step():
+    from .chunked import selective_scan_step
+
+    return selective_scan_step
+
+
+def _cpu_supports(*, seq_ids=None, mask=None, **tensors) -> str | None:
+    return native.supports("selective_scan", tensors)
+
+
+def _cpu_available() -> str | None:
+    return native.problem("selective_scan", build=False)
+
+
+def _triton_supports(*, seq_ids, mask, **tensors) -> str | None:
+    return gpu.supports(tensors)
+
+
+register(
+    *("selective_scan", "triton", _triton),
+    priority=gpu.priority(),
+    supports=_triton_supports,
+    available=gpu.problem,
+)
+register("selective_scan", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
+register("selective_scan", "chunked", _chunked, priority=10)
+register("selective_scan", "reference", _reference, priority=0)
+register("selective_scan_step", "cpu", _cpu_step, priority=20, supports=_cpu_supports, available=_cpu_available)
+register("selective_scan_step", "chunked", _chunked_step, priority=10)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    seq_ids: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The outputs of h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = h_t C_t + D x_t, and the last state.
+
+    Args:
+        x: (B, T, D).
+        dt: (B, T, D), step widths, positive: the softplus was taken before.
+        a: (D, N), real, normally negative: the decay of a step is exp(dt * a).
+        b, c: (B, T, N), shared by all channels.
+        d: (D,), what of x goes straight to the output; None: nothing.
+        initial_state: (B, D, N); None: zeros.
+        seq_ids: (B, T) integers; the state is zeroed where the id differs from the valid step before. The first step
+            continues `initial_state`.
+        mask: (B, T) booleans; a step with False leaves the state as it was and gives a zero output.
+        backend: which implementation; None chooses the fastest (`kernels/dispatch.py`).
+    Returns:
+        y: (B, T, D) in x's dtype, and the last state, (B, D, N) in float32 (float64 for float64 inputs).
+    Raises:
+        ShapeError: names the argument, its shape and the expected one.
+    """
+    expect_ndim("x", x, 3, "(batch, time, channels)")
+    batch, time, channels = x.shape
+    expect("dt", dt, (batch, time, channels))
+    if not isinstance(a, Tensor) or a.ndim != 2 or a.shape[0] != channels or a.is_complex():
+        got = f"has shape {tuple(a.shape)} and dtype {a.dtype}" if isinstance(a, Tensor) else f"is a {type(a).__name__}"
+        raise ShapeError(f"a {got}; expected real numbers of shape ({channels}, states).")
+    states = a.shape[1]
+    expect("b", b, (batch, time, states))
+    expect("c", c, (batch, time, states))
+    if d is not None:
+        expect("d", d, (channels,))
+    if initial_state is not None:
+        expect("initial_state", initial_state, (batch, channels, states))
+    check_steps(seq_ids, mask, batch, time)
+    call = {"x": x, "dt": dt, "a": a, "b": b, "c": c, "d": d}
+    call |= {"initial_state": initial_state, "seq_ids": seq_ids, "mask": mask}
+    return dispatch("selective_scan", call, backend)
+
+
+def selective_scan_step(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    state: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of decoding, without gradients: `state` (B, D, N), float32, is replaced **in place** by the next one.
+
+    Args:
+        x, dt: (B, D). a: (D, N). b, c: (B, N). d: (D,) or None.
+    Returns:
+        y: (B, D) in x's dtype.
+    """
+    if state.shape != (*x.shape, a.shape[1]) or b.shape != c.shape or dt.shape != x.shape:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, dt, a, b, c, state))
+        raise ShapeError(
+            f"x, dt, a, b, c, state have shapes {shapes}; expected (B, D), (B, D), (D, N), (B, N), (B, N), (B, D, N)."
+        )
+    call = {"x": x, "dt": dt, "a": a, "b": b, "c": c, "d": d, "state": state}
+    return dispatch("selective_scan_step", call, backend)

@@ -1,0 +1,124 @@
+"""Selective scan in C (`cpu.c`), forward and backward, as custom operators that autograd and torch.compile know."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..native import function, pointer
+from ..steps import step_codes
+from .operators import contiguous, empty_gradients, needs_kept, register_autograd
+
+CHUNK, TILE, LANES = 32, 4, 16  # as in cpu.c
+
+
+def selective_scan(
+    *,
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    initial_state: Tensor | None,
+    seq_ids: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.selective_scan`."""
+    output_dtype = x.dtype
+    if not x.dtype == dt.dtype == b.dtype == c.dtype:
+        x, dt, b, c = (tensor.to(torch.float32) for tensor in (x, dt, b, c))
+    a = a.to(torch.float32)
+    d, initial_state = (None if tensor is None else tensor.to(torch.float32) for tensor in (d, initial_state))
+    inputs = (x, dt, a, b, c, d, initial_state)
+    y, state, _ = forward(*inputs, step_codes(seq_ids, mask), needs_kept(*inputs))
+    return y.to(output_dtype), state
+
+
+@torch.library.custom_op("rnnzoo::selective_scan_cpu", mutates_args=())
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    initial: Tensor | None,
+    codes: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, final state, states before each chunk: what backward needs; empty unless `keep`)."""
+    y, state, kept = _empty_outputs(x, dt, a, b, c, d, initial, codes, keep)
+    inputs = contiguous(x, dt, a, b, c, d, initial, codes)
+    function("selective_scan", "selective_scan_forward", "p" * 11 + "i" * 6)(
+        *(pointer(tensor) for tensor in (*inputs, y, state)), pointer(kept) if keep else None, *_numbers(x, a)
+    )
+    return y, state, kept
+
+
+@forward.register_fake
+def _empty_outputs(x, dt, a, b, c, d, initial, codes, keep):
+    batch, time, channels = x.shape
+    states = a.shape[1]
+    chunks = -(-time // CHUNK) if keep else 0
+    lanes = -(-channels // LANES) * LANES * (-(-states // TILE) * TILE)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(batch, channels, states, dtype=torch.float32),
+        x.new_empty(batch, chunks, lanes, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("rnnzoo::selective_scan_cpu_backward", mutates_args=())
+def backward(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    codes: Tensor | None,
+    kept: Tensor,
+    dy: Tensor,
+    dstate: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, a, b, c, d (empty without one) and the initial state."""
+    dx, ddt, da, db, dc, dd, dinitial = empty_gradients(x, dt, a, b, c, d, codes, kept, dy, dstate)
+    inputs = contiguous(x, dt, a, b, c, d, codes, kept, dy, dstate)
+    function("selective_scan", "selective_scan_backward", "p" * 17 + "i" * 6)(
+        *(pointer(tensor) for tensor in (*inputs, dx, ddt, da, db, dc)),
+        None if d is None else pointer(dd),
+        pointer(dinitial),
+        *_numbers(x, a),
+    )
+    return dx, ddt, da, db, dc, dd, dinitial
+
+
+backward.register_fake(empty_gradients)
+register_autograd(forward, backward)
+
+
+def _numbers(x: Tensor, a: Tensor) -> tuple[int, ...]:
+    """The integer arguments of the C functions."""
+    return *x.shape, a.shape[1], torch.get_num_threads(), int(x.dtype == torch.bfloat16)
+
+
+def selective_scan_step(
+    *, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, state: Tensor
+) -> Tensor:
+    """See `kernels.selective_scan_step`. Calls C directly: the call itself should not cost more than the step."""
+    dtype = x.dtype
+    if not dtype == dt.dtype == b.dtype == c.dtype:
+        return selective_scan_step(x=x.float(), dt=dt.float(), a=a, b=b.float(), c=c.float(), d=d, state=state).to(
+            dtype
+        )
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    own = state.contiguous()
+    tensors = contiguous(x, dt, a.float(), b, c, None if d is None else d.float(), own)
+    function("selective_scan", "selective_scan_step", "p" * 8 + "i" * 5)(
+        *[None if tensor is None else tensor.data_ptr() for tensor in (*tensors, y)],
+        *(*x.shape, a.shape[1], torch.get_num_threads(), dtype == torch.bfloat16),
+    )
+    if own is not state:
+        state.copy_(own)
+    return y

@@ -1,0 +1,42 @@
+"""What the custom operators of the C and the Triton backend share: both take and return the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def contiguous(*tensors: Tensor | None) -> list[Any]:
+    """Each as its rows lie one after the other; None stays."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def needs_kept(*inputs: Tensor | None) -> bool:
+    """Whether forward must keep states for backward."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+
+
+def empty_gradients(x, dt, a, b, c, d, codes, kept, dy, dstate) -> tuple[Tensor, ...]:
+    """Of x, dt, a, b, c, d (nothing without one) and the initial state."""
+    d = a.new_empty(0) if d is None else d
+    like = torch.contiguous_format
+    return tuple(torch.empty_like(tensor, memory_format=like) for tensor in (x, dt, a, b, c, d, dstate))
+
+
+def register_autograd(forward: Any, backward: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Makes `backward` the gradient of `forward` (x, dt, a, b, c, d, initial, codes, keep) -> (y, state, kept)."""
+
+    def remember(ctx, inputs, output):
+        *tensors, initial, codes, _ = inputs
+        ctx.save_for_backward(*tensors, codes, output[2])
+        ctx.has_skip, ctx.has_initial = tensors[-1] is not None, initial is not None
+        ctx.mark_non_differentiable(output[2])
+
+    def gradients(ctx, dy, dstate, _):
+        *found, dd, dinitial = backward(*ctx.saved_tensors, dy, dstate)
+        return *found, dd if ctx.has_skip else None, dinitial if ctx.has_initial else None, None, None
+
+    forward.register_autograd(gradients, setup_context=remember)
