@@ -26,16 +26,25 @@ def short_conv(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.short_conv`."""
-    channels = x.shape[2]
+    plain = type(x) is Tensor and not torch.compiler.is_compiling()
+    tensors = (x, weight, bias, initial_state)
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    batch, time, channels = x.shape
+    if time == 1 and mask is None and plain and not needed:
+        state = (
+            x.new_zeros(batch, channels, weight.shape[1] - 1) if initial_state is None else initial_state.to(x.dtype)
+        )
+        state = state.clone(memory_format=torch.contiguous_format)
+        y = short_conv_step(x=x[:, 0], weight=weight, bias=bias, state=state, activation=activation)
+        return y[:, None], state
     if channels < LANES:  # the C code goes LANES channels at a time
         extra = LANES - channels
         x, weight = F.pad(x, (0, extra)), F.pad(weight, (0, 0, 0, extra))
         bias = None if bias is None else F.pad(bias, (0, extra))
         initial_state = None if initial_state is None else F.pad(initial_state, (0, 0, 0, extra))
     inputs = (x, weight, bias, initial_state, step_codes(seq_ids, mask), activation == "silu")
-    plain = type(x) is Tensor and not torch.compiler.is_compiling()
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:4])
-    y, state = _forward(*inputs) if plain and not needed else forward(*inputs)  # the operator costs microseconds
+    # Without autograd the operator around the C function would only cost its microseconds.
+    y, state = _forward(*inputs) if plain and not needed else forward(*inputs)
     return (y, state) if channels == x.shape[2] else (y[..., :channels], state[:, :channels])
 
 
