@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import gpu, native
 from ..checks import check_steps, expect, expect_ndim
 from ..dispatch import dispatch, register
 from ..errors import ShapeError
@@ -37,17 +37,49 @@ def _reference():
     return linear_scan
 
 
+def _triton():
+    from .triton_ import linear_scan
+
+    return linear_scan
+
+
+def _cpu_step():
+    from .cpu import linear_scan_step
+
+    return linear_scan_step
+
+
+def _chunked_step():
+    from .chunked import linear_scan_step
+
+    return linear_scan_step
+
+
 def _cpu_supports(*, a, x, initial_state, seq_ids, mask) -> str | None:
     return native.supports("linear_scan", {"a": a, "x": x, "initial_state": initial_state})
+
+
+def _triton_supports(*, a, x, initial_state, seq_ids, mask) -> str | None:
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+    return gpu.supports({"a": a, "x": x, "initial_state": initial_state}, kinds)
+
+
+def _cpu_step_supports(*, a, x, state) -> str | None:
+    if state.dtype not in (torch.float32, torch.complex64) or not state.is_contiguous():
+        return "the state is not a contiguous tensor in float32 or complex64"
+    return native.supports("linear_scan", {"a": a, "x": x, "state": state})
 
 
 def _cpu_available() -> str | None:
     return native.problem("linear_scan", build=False)
 
 
+register("linear_scan", "triton", _triton, priority=gpu.priority(), supports=_triton_supports, available=gpu.problem)
 register("linear_scan", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
 register("linear_scan", "chunked", _chunked, priority=10)
 register("linear_scan", "reference", _reference, priority=0)
+register("linear_scan_step", "cpu", _cpu_step, priority=20, supports=_cpu_step_supports, available=_cpu_available)
+register("linear_scan_step", "chunked", _chunked_step, priority=10)
 
 
 def linear_scan(
@@ -87,10 +119,14 @@ def linear_scan(
 
 
 def linear_scan_step(a: Tensor, x: Tensor, state: Tensor, *, backend: str | None = None) -> Tensor:
-    """One step of decoding: `state` (B, D), float32 or complex64, becomes a * state + x **in place** and is returned.
+    """One step of decoding: `state` becomes a * state + x **in place**.
 
     Args:
-        a, x: (B, D). Without gradients.
+        a, x: (B, D), both real or both complex. Without gradients.
+        state: (B, D), float32 or complex64 (float64, complex128).
+    Returns:
+        h: (B, D) the new state in x's dtype, a tensor of its own.
     """
-    with torch.no_grad():
-        return state.mul_(a).add_(x)
+    if not a.shape == x.shape == state.shape:
+        raise ShapeError(f"a has shape {tuple(a.shape)}, x {tuple(x.shape)}, state {tuple(state.shape)}; expected one.")
+    return dispatch("linear_scan_step", {"a": a, "x": x, "state": state}, backend)

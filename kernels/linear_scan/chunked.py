@@ -54,3 +54,9 @@ def linear_scan(
     if mask is not None:
         states = torch.where(mask[..., None], states, 0.0)
     return states.to(output_dtype), h
+
+
+def linear_scan_step(*, a: Tensor, x: Tensor, state: Tensor) -> Tensor:
+    """See `kernels.linear_scan_step`."""
+    with torch.no_grad():
+        return state.mul_(a).add_(x).to(x.dtype, copy=True)
