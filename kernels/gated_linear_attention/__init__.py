@@ -16,11 +16,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import gpu, native
 from ..dispatch import dispatch, register
 from ..errors import RnnzooError, ShapeError
 from .state import Window, WindowState, ring_positions, ring_slots, state_dtype
 
-__all__ = ["Window", "WindowState", "gated_linear_attention", "ring_positions", "ring_slots", "state_dtype"]
+__all__ = [
+    "Window",
+    "WindowState",
+    "gated_linear_attention",
+    "gated_linear_attention_step",
+    "ring_positions",
+    "ring_slots",
+    "state_dtype",
+]
+
+
+def _triton():
+    from .triton_ import gated_linear_attention
+
+    return gated_linear_attention
+
+
+def _cpu():
+    from .cpu import gated_linear_attention
+
+    return gated_linear_attention
 
 
 def _chunked():
@@ -35,8 +56,72 @@ def _reference():
     return gated_linear_attention
 
 
+def _cpu_step():
+    from .cpu import gated_linear_attention_step
+
+    return gated_linear_attention_step
+
+
+def _chunked_step():
+    from .linear_part import gated_linear_attention_step
+
+    return gated_linear_attention_step
+
+
+def _not_fused(q: Tensor, v: Tensor, window: Window | None) -> str | None:
+    """Why no fused backend takes the call, whatever the device."""
+    if window is not None:
+        return "a window"
+    return "an empty width" if q.shape[-1] == 0 or v.shape[-1] == 0 else None
+
+
+def _floats(call: dict) -> dict[str, Tensor | None]:
+    return {name: call[name] for name in ("q", "k", "v", "g", "bonus", "initial_state")}
+
+
+def _triton_supports(**call) -> str | None:
+    return _not_fused(call["q"], call["v"], call["window"]) or gpu.supports(_floats(call))
+
+
+def _cpu_supports(**call) -> str | None:
+    reason = _not_fused(call["q"], call["v"], call["window"])
+    return reason or native.supports("gated_linear_attention", _floats(call))
+
+
+def _cpu_step_supports(*, q, k, v, g, state, bonus, scale, normalize) -> str | None:
+    if state.dtype != torch.float32 or not state.is_contiguous():
+        return "the state is not contiguous, or not float32"
+    if v.dtype not in (torch.float32, torch.bfloat16):
+        return f"v is {str(v.dtype).removeprefix('torch.')}"
+    if not (v.is_cpu and state.is_cpu):
+        return "v or the state is not on the CPU"
+    return _not_fused(q, v, None) or native.problem("gated_linear_attention")
+
+
+def _cpu_available() -> str | None:
+    return native.problem("gated_linear_attention", build=False)
+
+
+register(
+    "gated_linear_attention",
+    "triton",
+    _triton,
+    priority=gpu.priority(),
+    supports=_triton_supports,
+    available=gpu.problem,
+)
+register("gated_linear_attention", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
 register("gated_linear_attention", "chunked", _chunked, priority=10)
 register("gated_linear_attention", "reference", _reference, priority=0)
+register(
+    "gated_linear_attention_step",
+    "cpu",
+    _cpu_step,
+    priority=20,
+    supports=_cpu_step_supports,
+    available=_cpu_available,
+)
+register("gated_linear_attention_step", "chunked", _chunked_step, priority=10)
 
 
 def gated_linear_attention(
@@ -95,6 +180,46 @@ def gated_linear_attention(
         "mask": mask,
     }
     return dispatch("gated_linear_attention", call, backend)
+
+
+def gated_linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    *,
+    bonus: Tensor | None = None,
+    scale: float | None = None,
+    normalize: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of decoding, without gradients: the output (B, H, V); `state` is changed **in place**.
+
+    Args:
+        q: (B, H, K). k: (B, Hk, K). v: (B, Hk, V). g: (B, Hk, K), (B, Hk, 1), (Hk,) or None. bonus: (H, K).
+        state: (B, Hk, K, V), (B, Hk, K, V+1) with `normalize`; float32 (float64 for float64 inputs).
+    """
+    batch, heads, keys, columns = state.shape
+    if not (
+        q.shape[-1] == keys
+        and q.shape[0] == batch
+        and q.shape[1] % heads == 0
+        and k.shape == (batch, heads, keys)
+        and v.shape == (batch, heads, columns - normalize)
+        and (g is None or g.shape in ((batch, heads, keys), (batch, heads, 1), (heads,)))
+        and (bonus is None or (bonus.shape == q.shape[1:] and not normalize))
+    ):
+        shapes = ", ".join(
+            f"{name} {tuple(x.shape)}"
+            for name, x in {"q": q, "k": k, "v": v, "g": g, "bonus": bonus}.items()
+            if x is not None
+        )
+        raise ShapeError(f"{shapes} do not fit the state {tuple(state.shape)} (batch, heads, K, V or V + 1).")
+    if scale is None:
+        scale = 1.0 if normalize or keys == 0 else keys**-0.5
+    call = {"q": q, "k": k, "v": v, "g": g, "state": state, "bonus": bonus, "scale": scale, "normalize": normalize}
+    return dispatch("gated_linear_attention_step", call, backend)
 
 
 def _expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:

@@ -127,3 +127,35 @@ def _one_step(
         if before is not None:
             o = o + query @ before.to(v.dtype)
     return o.flatten(1, 2)[:, None], state
+
+
+@torch.no_grad()
+def gated_linear_attention_step(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    bonus: Tensor | None,
+    scale: float,
+    normalize: bool,
+) -> Tensor:
+    """See `kernels.gated_linear_attention_step`."""
+    batch, heads = q.shape[:2]
+    kv_heads, output_dtype = k.shape[1], v.dtype
+    q, k, v = (x.to(state.dtype) for x in (q, k, v))
+    if normalize:
+        v = F.pad(v, (0, 1), value=1.0)
+    queries = (scale * q).unflatten(1, (kv_heads, heads // kv_heads))
+    o = None
+    if bonus is not None:  # the state is read before this step
+        current = (queries * bonus.to(state.dtype).unflatten(0, (kv_heads, -1)) * k[:, :, None]).sum(-1, keepdim=True)
+        o = queries @ state + current * v[:, :, None]
+    if g is not None:
+        state.mul_((g if g.ndim > 1 else g[None, :, None]).to(state.dtype).exp()[..., None])
+    state.addcmul_(k[..., None], v[:, :, None])
+    if o is None:
+        o = queries @ state
+    o = o.view(batch, heads, -1)
+    return (divide(o[..., :-1], o[..., -1:]) if normalize else o).to(output_dtype)

@@ -1,0 +1,207 @@
+"""Gated linear attention in C (`cpu.c`): custom operators that autograd and torch.compile know, and the plain step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..native import function, pointer
+from ..steps import step_codes
+
+CHUNK = 64  # as in cpu.c
+NO_DECAY, CONSTANT, PER_HEAD, PER_CHANNEL = range(4)
+
+
+def gated_linear_attention(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    bonus: Tensor | None,
+    scale: float,
+    normalize: bool,
+    window: None,
+    initial_state: Tensor | None,
+    seq_ids: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.gated_linear_attention`; no window."""
+    assert window is None
+    output_dtype = v.dtype
+    if not q.dtype == k.dtype == v.dtype:
+        q, k, v = (x.to(torch.float32) for x in (q, k, v))
+    g, bonus = (None if x is None else x.to(torch.float32) for x in (g, bonus))
+    inputs = (q, k, v, g, bonus, initial_state)
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    codes = step_codes(seq_ids, mask)
+    o, state, _, _ = forward(*inputs, codes, float(scale), normalize, needed)
+    return o.to(output_dtype), state
+
+
+def gated_linear_attention_step(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    bonus: Tensor | None,
+    scale: float,
+    normalize: bool,
+) -> Tensor:
+    """See `kernels.gated_linear_attention_step`. A plain call: a custom operator would cost more than the work."""
+    batch, heads, width = q.shape
+    dtype = v.dtype
+    if q.dtype != dtype or k.dtype != dtype:
+        q, k, v = q.float(), k.float(), v.float()
+    kind = NO_DECAY
+    if g is not None:
+        kind = CONSTANT if g.ndim == 1 else PER_CHANNEL if g.shape[-1] > 1 else PER_HEAD
+        g = g.float().contiguous()
+    if bonus is not None:
+        bonus = bonus.float().contiguous()
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    o = v.new_empty(batch, heads, v.shape[2])
+    _step()(
+        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), None if g is None else g.data_ptr()),
+        *(None if bonus is None else bonus.data_ptr(), state.data_ptr(), o.data_ptr()),
+        *(batch, heads, v.shape[1], width, v.shape[2], kind, normalize, torch.get_num_threads()),
+        v.dtype == torch.bfloat16,
+        scale,
+    )
+    return o if o.dtype == dtype else o.to(dtype)
+
+
+@functools.cache
+def _step() -> Callable[..., None]:
+    return function("gated_linear_attention", "gated_linear_attention_step", "p" * 7 + "i" * 9 + "f")
+
+
+@torch.library.custom_op("rnnzoo::gated_linear_attention_cpu", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    bonus: Tensor | None,
+    initial: Tensor | None,
+    codes: Tensor | None,
+    scale: float,
+    normalize: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, final state, states before each chunk, denominators): the last two for backward, empty unless `keep`."""
+    o, state, kept, denominators = _empty_outputs(q, k, v, g, bonus, initial, codes, scale, normalize, keep)
+    q, k, v, g, bonus = _contiguous(q, k, v, g, bonus)
+    initial = None if initial is None else initial.to(torch.float32).contiguous()
+    function("gated_linear_attention", "gated_linear_attention_forward", "p" * 11 + "i" * 10 + "f")(
+        *(pointer(x) for x in (q, k, v, g, bonus, initial, codes, o, state)),
+        pointer(kept) if keep else None,
+        pointer(denominators) if keep and normalize else None,
+        *_numbers(q, v, g, normalize),
+        scale,
+    )
+    return o, state, kept, denominators
+
+
+@forward.register_fake
+def _empty_outputs(q, k, v, g, bonus, initial, codes, scale, normalize, keep):
+    batch, time, heads, width = q.shape
+    kv_heads, value_width = v.shape[2:]
+    columns = value_width + int(normalize)
+    chunks = -(-time // CHUNK) if keep else 0
+    return (
+        v.new_empty(batch, time, heads, value_width),
+        v.new_empty(batch, kv_heads, width, columns, dtype=torch.float32),
+        v.new_empty(batch, kv_heads, chunks, width, columns, dtype=torch.float32),
+        v.new_empty((batch, time, heads) if keep and normalize else (0,), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("rnnzoo::gated_linear_attention_cpu_backward", mutates_args=())
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    bonus: Tensor | None,
+    codes: Tensor | None,
+    o: Tensor,
+    kept: Tensor,
+    denominators: Tensor,
+    do: Tensor,
+    dstate: Tensor,
+    scale: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g, bonus (empty where there is none) and the initial state."""
+    _, _, _, dg, dbonus, _ = found = _empty_gradients(
+        q, k, v, g, bonus, codes, o, kept, denominators, do, dstate, scale, normalize
+    )
+    q, k, v, g, bonus = _contiguous(q, k, v, g, bonus)
+    o, do, dstate = _contiguous(o, do, dstate)
+    batch, _, heads, width = q.shape
+    # Sums over all steps: in double for each batch row, one task after the other, so that threads change no order.
+    sums = None if g is None or g.ndim > 1 else torch.zeros(batch, len(g), dtype=torch.float64)
+    bonus_sums = None if bonus is None else torch.zeros(batch, heads, width, dtype=torch.float64)
+    tensors = (q, k, v, g, bonus, codes, kept, denominators, o, do, dstate, *found[:3])
+    function("gated_linear_attention", "gated_linear_attention_backward", "p" * 17 + "i" * 10 + "f")(
+        *(pointer(x) for x in (*tensors, dg if sums is None else sums, bonus_sums, found[5])),
+        *_numbers(q, v, g, normalize),
+        scale,
+    )
+    if sums is not None:
+        dg.copy_(sums.sum(0))
+    if bonus_sums is not None:
+        dbonus.copy_(bonus_sums.sum(0))
+    return found
+
+
+@backward.register_fake
+def _empty_gradients(q, k, v, g, bonus, codes, o, kept, denominators, do, dstate, scale, normalize):
+    def like(x):
+        return q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    return like(q), like(k), like(v), like(g), like(bonus), like(dstate)
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
+def _numbers(q: Tensor, v: Tensor, g: Tensor | None, normalize: bool) -> tuple[int, ...]:
+    """The sizes and flags that end the C functions' arguments."""
+    kind = NO_DECAY
+    if g is not None:
+        # With one channel both kinds are the same numbers.
+        kind = CONSTANT if g.ndim == 1 else PER_CHANNEL if g.shape[-1] > 1 else PER_HEAD
+    batch, time, heads, width = q.shape
+    sizes = (batch, time, heads, v.shape[2], width, v.shape[3])
+    return *sizes, kind, int(normalize), torch.get_num_threads(), int(v.dtype == torch.bfloat16)
+
+
+def _remember(ctx, inputs, output):
+    q, k, v, g, bonus, initial, codes, scale, normalize, _ = inputs
+    o, _, kept, denominators = output
+    ctx.save_for_backward(q, k, v, g, bonus, codes, o, kept, denominators)
+    ctx.options = scale, normalize
+    ctx.given = g is not None, bonus is not None
+    ctx.initial_dtype = None if initial is None else initial.dtype
+    ctx.mark_non_differentiable(kept, denominators)
+
+
+def _gradients(ctx, do, dstate, *_):
+    dq, dk, dv, dg, dbonus, dinitial = backward(*ctx.saved_tensors, do, dstate, *ctx.options)
+    has_g, has_bonus = ctx.given
+    return (
+        *(dq, dk, dv, dg if has_g else None, dbonus if has_bonus else None),
+        None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype),
+        *(None, None, None, None),
+    )
+
+
+forward.register_autograd(_gradients, setup_context=_remember)
