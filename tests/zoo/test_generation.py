@@ -140,3 +140,18 @@ def test_rows_of_a_cache_can_be_repeated_and_selected(model):
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.num_bytes() == 0
     torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_decoding_keeps_to_the_memory_of_the_state_unless_a_rollback_needs_it(make_model):
+    model = make_model("mamba2")
+    cache = RecurrentCache(model.config)
+    model(prompt(), past_key_values=cache)
+    where = [x.data_ptr() for x in cache.states[0].tensors()]
+    model(prompt(time=1), past_key_values=cache)
+    assert [x.data_ptr() for x in cache.states[0].tensors()] == where
+    before = [x.clone() for x in cache.states[0].tensors()]
+    cache.activate_past_recording()
+    model(prompt(time=1), past_key_values=cache)
+    cache.crop(-1)
+    assert all(torch.equal(x, y) for x, y in zip(cache.states[0].tensors(), before, strict=True))

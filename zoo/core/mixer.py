@@ -47,6 +47,7 @@ class Context:
         seq_ids: (B, T) integers; a new document starts where the id differs from the step before. None: one document.
         positions: (B, T) or (1, T) int64, tokens of the same document before this one, over the whole cache.
         rotary: rotates by positions.
+        in_place: one token a row, no gradients, and nobody else needs the state: a mixer may change it in place.
         memo: scratch for one call of the model, for values that layers of one kind share (attention masks).
     """
 
@@ -54,6 +55,7 @@ class Context:
     seq_ids: Tensor | None
     positions: Tensor
     rotary: Rotary
+    in_place: bool = False
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
 

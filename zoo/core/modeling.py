@@ -153,6 +153,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
             cache.begin_recording(self, mask, ids, named, shape)
             layout = cache.advance(mask, ids, named, shape, device)
         ctx = self.context(mask, layout)
+        # What recording keeps for a rollback shares its tensors with the states.
+        plain = mask is None and layout.seq_ids is None and shape[1] == 1 and not torch.is_grad_enabled()
+        ctx.in_place = plain and cache is not None and not cache.recording
 
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         all_hidden = []

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ...kernels.errors import ShapeError
-from ...kernels.gated_linear_attention import gated_linear_attention
-from ...kernels.short_conv import short_conv
 from ..core.layers import RMSNorm
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
 from ..core.modeling import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from ..core.recurrences import convolve, linear_attention
 from ..core.registry import register_mixer
 from .configuration_mamba2 import Mamba2Config
 
@@ -131,15 +130,8 @@ class Mamba2Mixer(Mixer):
         z, xbc, dt = self.in_proj(hidden).split([self.heads * self.head_dim, sum(self.conv_widths), self.heads], -1)
         if self.b_norm is not None:
             xbc = self._norm_bc(xbc)
-        xbc, conv = short_conv(
-            xbc,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            activation="silu",
-            initial_state=None if state is None else state.conv,
-            seq_ids=ctx.seq_ids,
-            mask=ctx.mask,
-        )
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        xbc, conv = convolve(xbc, weight, bias, None if state is None else state.conv, ctx, activation="silu")
         x, b, c = xbc.split(self.conv_widths, -1)
         x = self._to_heads(x, self.x_heads)
         wide = torch.promote_types(dt.dtype, torch.float32)
@@ -147,15 +139,14 @@ class Mamba2Mixer(Mixer):
         if self.config.ssm_time_step_limit is not None:
             dt = dt.clamp(*self.config.ssm_time_step_limit)
         dt = dt[..., None]  # (B, T, H, 1)
-        y, s = gated_linear_attention(
+        y, s = linear_attention(
             self._to_heads(c, self.c_groups),
             self._to_heads(b, self.b_groups),
             (x * dt).to(x.dtype),
             -dt * self.A_log.to(wide).exp()[:, None],
+            None if state is None else state.s,
+            ctx,
             scale=1.0,
-            initial_state=None if state is None else state.s,
-            seq_ids=ctx.seq_ids,
-            mask=ctx.mask,
         )
         y = (y + x * self.D.to(x.dtype)[:, None]).flatten(-2)
         return self.out_proj(self.norm(y, z)), None if state is None else Mamba2State(conv, s)

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ...kernels.gated_linear_attention import gated_linear_attention
 from ..core.attention import AttentionProjections
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
 from ..core.modeling import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from ..core.recurrences import linear_attention
 from ..core.registry import register_mixer
 from .configuration_supra import SupraConfig
 
@@ -77,15 +77,7 @@ class SupraMixer(Mixer):
         groups = self.proj.num_heads // self.proj.num_kv_heads
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
         log_decay = -torch.tensor(self.slopes, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
-        o, s = gated_linear_attention(
-            q,
-            k,
-            v,
-            log_decay,
-            initial_state=None if state is None else state.s,
-            seq_ids=ctx.seq_ids,
-            mask=ctx.mask,
-        )
+        o, s = linear_attention(q, k, v, log_decay, None if state is None else state.s, ctx)
         o = F.layer_norm(o, o.shape[-1:])
         return self.proj.o_proj(o.flatten(-2)), None if state is None else SupraState(s)
 
