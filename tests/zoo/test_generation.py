@@ -144,7 +144,7 @@ def test_rows_of_a_cache_can_be_repeated_and_selected(model):
 
 @torch.no_grad()
 def test_decoding_keeps_to_the_memory_of_the_state_unless_a_rollback_needs_it(make_model):
-    model = make_model("mamba2")
+    model = make_model(["mamba2", "supra"])
     cache = RecurrentCache(model.config)
     model(prompt(), past_key_values=cache)
     where = [x.data_ptr() for x in cache.states[0].tensors()]
