@@ -14,10 +14,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import gpu, native
 from ..dispatch import dispatch, register
 from ..errors import RnnzooError, ShapeError
 
 __all__ = ["linear_cross_entropy", "linear_kl"]
+
+
+def _triton_cross_entropy():
+    from .triton_ import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def _cpu_cross_entropy():
+    from .cpu import linear_cross_entropy
+
+    return linear_cross_entropy
 
 
 def _chunked_cross_entropy():
@@ -32,6 +45,18 @@ def _reference_cross_entropy():
     return linear_cross_entropy
 
 
+def _triton_kl():
+    from .triton_ import linear_kl
+
+    return linear_kl
+
+
+def _cpu_kl():
+    from .cpu import linear_kl
+
+    return linear_kl
+
+
 def _chunked_kl():
     from .chunked import linear_kl
 
@@ -44,8 +69,44 @@ def _reference_kl():
     return linear_kl
 
 
+_HIDDEN = ("hidden", "student_hidden", "teacher_hidden")
+
+
+def _cpu_supports(**call) -> str | None:
+    # What the C code sees are logits: in the hidden states' dtype, wherever the head's is converted to it.
+    return native.supports("losses", {name: x for name, x in call.items() if name in _HIDDEN})
+
+
+def _triton_supports(**call) -> str | None:
+    return gpu.supports({name: x for name, x in call.items() if name in _HIDDEN})
+
+
+def _cpu_available() -> str | None:
+    return native.problem("losses", build=False)
+
+
+register(
+    "linear_cross_entropy",
+    "triton",
+    _triton_cross_entropy,
+    priority=gpu.priority(),
+    supports=_triton_supports,
+    available=gpu.problem,
+)
+register(
+    "linear_cross_entropy", "cpu", _cpu_cross_entropy, priority=20, supports=_cpu_supports, available=_cpu_available
+)
 register("linear_cross_entropy", "chunked", _chunked_cross_entropy, priority=10)
 register("linear_cross_entropy", "reference", _reference_cross_entropy, priority=0)
+register(
+    "linear_kl",
+    "triton",
+    _triton_kl,
+    priority=gpu.priority(),
+    supports=_triton_supports,
+    available=gpu.problem,
+)
+register("linear_kl", "cpu", _cpu_kl, priority=20, supports=_cpu_supports, available=_cpu_available)
 register("linear_kl", "chunked", _chunked_kl, priority=10)
 register("linear_kl", "reference", _reference_kl, priority=0)
 
