@@ -21,15 +21,21 @@ Linear 2025 (KDA), Peng et al. 2025 (RWKV-7).
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from .. import dispatch as choice
 from .. import gpu, native
 from ..checks import check_steps, expect, expect_ndim
-from ..dispatch import dispatch, register
+from ..dispatch import register
 from ..errors import ShapeError
 
 __all__ = ["delta_rule", "delta_rule_step"]
+
+_steps: dict[tuple, Callable[..., Tensor]] = {}
 
 
 def _triton():
@@ -147,7 +153,7 @@ def delta_rule(
     call = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g}
     call |= {"scale": keys**-0.5 if scale is None else scale}
     call |= {"initial_state": initial_state, "seq_ids": seq_ids, "mask": mask}
-    return dispatch("delta_rule", call, backend)
+    return choice.dispatch("delta_rule", call, backend)
 
 
 def delta_rule_step(
@@ -173,10 +179,17 @@ def delta_rule_step(
         and q.shape[1] % heads == 0
         and k.shape == a.shape == b.shape == (batch, heads, keys)
         and v.shape == (batch, heads, values)
-        and (g is None or (g.shape[:2] == (batch, heads) and g.shape[2] in (1, keys)))
+        and (g is None or g.shape in ((batch, heads, 1), (batch, heads, keys)))
     ):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip("qkvab", (q, k, v, a, b), strict=True))
         raise ShapeError(f"{shapes} and g do not fit the state {tuple(state.shape)} (batch, heads, K, V).")
     call = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g, "state": state}
-    with torch.no_grad():
-        return dispatch("delta_rule_step", call | {"scale": keys**-0.5 if scale is None else scale}, backend)
+    call["scale"] = keys**-0.5 if scale is None else scale
+    # Choosing a backend takes longer than the step itself, so without anybody's wish it is done once for calls alike.
+    if backend is not None or choice._chosen is not None or choice.ENVIRONMENT_VARIABLE in os.environ:
+        return choice.dispatch("delta_rule_step", call, backend)
+    alike = (q.dtype, k.dtype, v.dtype, a.dtype, b.dtype, state.dtype, state.device, state.is_contiguous())
+    step = _steps.get(alike)
+    if step is None:
+        step = _steps[alike] = choice.select("delta_rule_step", call).load()
+    return step(**call)

@@ -140,6 +140,7 @@ def _decayed_products(readers: Tensor, writers: Tensor, g: Tensor) -> Tensor:
     return blocks.squeeze(-5)
 
 
+@torch.no_grad()
 def delta_rule_step(
     *, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, state: Tensor, scale: float
 ) -> Tensor:

@@ -42,7 +42,7 @@ RECURRENCES = [
         TIMED | {"g"},
         variants=("per head", "per channel, grouped"),
         decayed=decayed,
-        small=(24, 2),
+        small=(24, 1),
     ),
-    Recurrence("delta_rule", delta_rule, make, TIMED, variants=("no decay",), small=(24, 2)),
+    Recurrence("delta_rule", delta_rule, make, TIMED, variants=("no decay",), small=(24, 1)),
 ]
