@@ -1,0 +1,153 @@
+"""Softmax scan in C (`cpu.c`), forward and backward, as custom operators that autograd and torch.compile know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..native import function, pointer
+from ..steps import step_codes
+from .state import SoftmaxState
+
+CHUNK = 16  # as in cpu.c
+
+
+def softmax_scan(
+    *,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    bonus: Tensor | None,
+    initial_state: SoftmaxState | None,
+    seq_ids: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, SoftmaxState]:
+    """See `kernels.softmax_scan`."""
+    output_dtype = v.dtype
+    if k.dtype != v.dtype:
+        k, v = k.to(torch.float32), v.to(torch.float32)
+    decay, bonus = (None if x is None else x.to(torch.float32) for x in (decay, bonus))
+    state = (None, None, None) if initial_state is None else tuple(x.to(torch.float32) for x in initial_state)
+    tensors = (k, v, decay, bonus, *state)
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    out, *final, _ = forward(*tensors, step_codes(seq_ids, mask), needed)
+    return out.to(output_dtype), SoftmaxState(*final)
+
+
+@torch.library.custom_op("rnnzoo::softmax_scan_cpu", mutates_args=())
+def forward(
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    bonus: Tensor | None,
+    maximum: Tensor | None,
+    numerator: Tensor | None,
+    denominator: Tensor | None,
+    codes: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, the final state's three tensors, states before each chunk: what backward needs; empty unless `keep`)."""
+    out, *final, kept = _empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, keep)
+    inputs = [_plain(x) for x in (k, v, decay, bonus, maximum, numerator, denominator, codes)]
+    function("softmax_scan", "softmax_scan_forward", "p" * 13 + "i" * 6)(
+        *(pointer(x) for x in (*inputs, out, *final)), pointer(kept) if keep else None, *_sizes(k, v)
+    )
+    return out, *final, kept
+
+
+@forward.register_fake
+def _empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, keep):
+    batch, time, heads, width = v.shape
+    scores, single = k.shape[3], torch.float32
+    chunks = -(-time // CHUNK) if keep else 0
+    return (
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+        v.new_empty(batch, heads, scores, dtype=single),
+        v.new_empty(batch, heads, width, dtype=single),
+        v.new_empty(batch, heads, scores, dtype=single),
+        v.new_empty(batch, chunks, heads * (2 * scores + width), dtype=single),
+    )
+
+
+@torch.library.custom_op("rnnzoo::softmax_scan_cpu_backward", mutates_args=())
+def backward(
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    bonus: Tensor | None,
+    codes: Tensor | None,
+    kept: Tensor,
+    dout: Tensor,
+    dmaximum: Tensor,
+    dnumerator: Tensor,
+    ddenominator: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of k, v, decay, bonus and the initial state's three tensors."""
+    gradients = _empty_gradients(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)
+    inputs = [_plain(x) for x in (k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)]
+    function("softmax_scan", "softmax_scan_backward", "p" * 17 + "i" * 6)(
+        *(pointer(x) for x in (*inputs, *gradients)), *_sizes(k, v)
+    )
+    return gradients
+
+
+@backward.register_fake
+def _empty_gradients(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator):
+    like = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v, dmaximum, dnumerator, ddenominator)
+    ]
+    parameters = [dmaximum.new_empty(k.shape[2:]) for _ in range(2)]
+    return (*like[:2], *parameters, *like[2:])
+
+
+def _plain(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _sizes(k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Batch, time, scores a step, values a score, threads, whether bfloat16."""
+    batch, time, heads, scores = k.shape
+    return batch, time, heads * scores, v.shape[3] // scores, torch.get_num_threads(), int(v.dtype == torch.bfloat16)
+
+
+def _remember(ctx, inputs, output):
+    k, v, decay, bonus, maximum, _, _, codes, _ = inputs
+    ctx.save_for_backward(k, v, decay, bonus, codes, output[4])
+    ctx.given = decay is not None, bonus is not None, *[maximum is not None] * 3
+    ctx.mark_non_differentiable(output[4])
+
+
+def _gradients(ctx, dout, dmaximum, dnumerator, ddenominator, _):
+    dk, dv, *others = backward(*ctx.saved_tensors, dout, dmaximum, dnumerator, ddenominator)
+    return dk, dv, *(x if given else None for x, given in zip(others, ctx.given, strict=True)), None, None
+
+
+forward.register_autograd(_gradients, setup_context=_remember)
+
+
+_step: Callable[..., None] | None = None  # the C function, once it was asked for
+
+
+def softmax_scan_step(
+    *, k: Tensor, v: Tensor, state: SoftmaxState, decay: Tensor | None, bonus: Tensor | None
+) -> Tensor:
+    """See `kernels.softmax_scan_step`: forward over one step, whose final state is written over the initial one."""
+    global _step
+    if _step is None:
+        _step = function("softmax_scan", "softmax_scan_forward", "p" * 13 + "i" * 6)
+    dtype = v.dtype
+    if k.dtype != dtype or not (k.is_contiguous() and v.is_contiguous()):
+        k, v = k.float().contiguous(), v.float().contiguous()
+    if decay is not None:
+        decay = decay.float().contiguous()
+    if bonus is not None:
+        bonus = bonus.float().contiguous()
+    out = torch.empty_like(v)
+    batch, heads, scores = k.shape
+    pointers = [x.data_ptr() for x in state]
+    parameters = [None if x is None else x.data_ptr() for x in (decay, bonus)]
+    sizes = batch, 1, heads * scores, v.shape[2] // scores, 1, v.dtype == torch.bfloat16
+    _step(k.data_ptr(), v.data_ptr(), *parameters, *pointers, None, out.data_ptr(), *pointers, None, *sizes)
+    return out if out.dtype == dtype else out.to(dtype)
