@@ -2,8 +2,8 @@
 
 Nothing is built at installation and no torch header is read, so one build serves every torch version. Builds are kept
 in a cache, whose key is the source, the flags, the compiler and the processor; each is written under a temporary name
-and renamed, and a lock file lets several processes that start at once wait for one compiler run. Where there is no compiler, or it fails, the
-backend says so (`problem`), once in the log, and the next backend serves.
+and renamed, and a lock file lets several processes that start at once wait for one compiler run. Where there is no
+compiler, or it fails, the backend says so (`problem`), once in the log, and the next backend serves.
 
 The library uses torch's own OpenMP threads: it is linked with the OpenMP runtime that torch has loaded, because two
 runtimes in one process would each keep threads spinning on the same cores.
@@ -19,6 +19,7 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ FLAGS = (
     *("-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"),
 )
-# The first that the compiler accepts: this machine's whole instruction set, in its x86 or its ARM spelling, or the base.
+# The first that the compiler accepts: this machine's whole instruction set, as x86 or as ARM spells it, or the base.
 MACHINE_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
@@ -73,12 +74,17 @@ def problem(folder: str, build: bool = True) -> str | None:
     if folder not in _problems:
         if compiler() is None:
             _problems[folder] = "no C compiler found (install gcc or clang, or name one with CC)"
-            log.info("kernels without C code: %s", _problems[folder])
+            _say_without_compiler(_problems[folder])
         elif build:
             with _lock:
                 if folder not in _problems:
                     _problems[folder] = _load(folder)
     return _problems.get(folder)
+
+
+@functools.cache
+def _say_without_compiler(reason: str) -> None:
+    log.warning("%s: slower kernels serve instead of those in C", reason)
 
 
 def supports(folder: str, tensors: dict[str, Tensor | None]) -> str | None:
@@ -133,7 +139,7 @@ def build_all() -> dict[str, str | None]:
 
 
 def _attempt(folder: str) -> None:
-    with contextlib.suppress(OSError, subprocess.SubprocessError, _BuildFailed):
+    with contextlib.suppress(OSError, RuntimeError, subprocess.SubprocessError, _BuildFailed):
         _build(folder)
 
 
@@ -144,7 +150,7 @@ class _BuildFailed(Exception):
 def _load(folder: str) -> str | None:
     try:
         _libraries[folder] = ctypes.CDLL(str(_build(folder)))
-    except (OSError, subprocess.SubprocessError, _BuildFailed) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError, _BuildFailed) as error:  # RuntimeError: no home folder
         reason = f"its C code could not be built: {error}"
         log.warning("kernels/%s/cpu.c: %s; slower code serves instead", folder, reason)
         return reason
@@ -153,7 +159,8 @@ def _load(folder: str) -> str | None:
 
 def _build(folder: str) -> pathlib.Path:
     source = HERE / folder / "cpu.c"
-    own = [source.read_bytes(), *(path.read_bytes() for path in sorted(HERE.glob("*.h")))]
+    headers = [*sorted(HERE.glob("*.h")), *sorted(source.parent.glob("*.h"))]
+    own = [path.read_bytes() for path in (source, *headers)]
     identity = [*own, repr((FLAGS, MACHINE_FLAGS, _openmp())).encode(), _compiler_version(), _processor().encode()]
     key = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
     built = cache_folder() / f"{folder}-{key}.so"
@@ -213,12 +220,16 @@ def _openmp() -> str | None:
         return None
     with open("/proc/self/maps") as lines:
         paths = [line.split(maxsplit=5)[-1].strip() for line in lines if "/" in line]
-    return next((path for path in paths if "omp" in os.path.basename(path) and ".so" in path), None)
+    return next((path for path in paths if re.match(r"lib[gi]?omp", os.path.basename(path))), None)
 
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Waits until no other process holds `path`; without file locks (not POSIX) it does not wait."""
+    """Waits until no other process holds `path`; without file locks (not POSIX) it does not wait.
+
+    The file goes at the end. Who still waits for it, or makes it anew, finds the build done; and where it failed and
+    two try at once, each renames a whole library.
+    """
     try:
         import fcntl
     except ImportError:
@@ -226,4 +237,7 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
         return
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
