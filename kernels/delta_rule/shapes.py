@@ -44,11 +44,19 @@ def remember(ctx, inputs, output) -> None:
     ctx.scale, ctx.decays = scale, g is not None
     ctx.initial_dtype = None if initial is None else initial.dtype
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # no zeros in place of a gradient of the kept states
 
 
-def gradients(backward, ctx, d_out, d_state, _) -> tuple[Tensor | None, ...]:
+def gradients(backward, ctx, d_out, d_state, d_kept) -> tuple[Tensor | None, ...]:
     """The forward operator's gradients, by the backward operator."""
-    *found, dg, d_initial = backward(*ctx.saved_tensors, d_out, d_state, ctx.scale)
+    saved = ctx.saved_tensors  # once: checkpointing allows no more
+    q, v = saved[0], saved[2]
+    batch, time, heads, values = v.shape
+    if d_out is None:
+        d_out = v.new_zeros(batch, time, q.shape[2], values)
+    if d_state is None:
+        d_state = v.new_zeros(batch, heads, q.shape[-1], values, dtype=torch.float32)
+    *found, dg, d_initial = backward(*saved, d_out, d_state, ctx.scale)
     dg = dg if ctx.decays else None
     d_initial = None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
     return *found, dg, d_initial, None, None, None
