@@ -23,7 +23,7 @@ class HedgehogConfig(RecurrentConfig):
             "prototype": phi(k) = exp(k C), phi(q) = softmax(qU + b) * exp(a) of the heads before rotation.
         feature_width: width of phi, 0 for no linear state; None: 2 * head_dim.
         ring_bits: bits, 4 or 8, of the keys and of the values in window and sinks, in blocks that share a power of
-            two (see `zoo/core/microscaling.py`); None: they keep the type of the activations.
+            two (see `kernels/microscaling.py`); None: they keep the type of the activations.
     """
 
     model_type = "rnnzoo-hedgehog"

@@ -33,8 +33,9 @@ from ...kernels.gated_linear_attention import (
     ring_slots,
     state_dtype,
 )
+from ...kernels.microscaling import Packed, pack, quantise
+from ...kernels.window_step import window_step
 from ..core.attention import AttentionProjections
-from ..core.microscaling import Packed, pack, quantise
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
 from ..core.modeling import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from ..core.registry import register_mixer
@@ -72,29 +73,6 @@ class PackedHedgehogState(MixerState):
         """What the kernel takes."""
         rings = (x.unpack(dtype) for x in (self.ring_k, self.ring_v, self.sink_k, self.sink_v))
         return WindowState(self.s, *rings, self.count)
-
-    def after_one(self, new: WindowState, lengths: tuple[int, ...], k: Packed, v: Packed) -> PackedHedgehogState:
-        """The state after one token, k and v (B, 1, Hk, d): rings and sinks are not packed again, only written to."""
-        rows = torch.arange(len(self.count), device=self.count.device)[:, None]
-        slots = ring_slots(self.count, lengths)
-        sinks = torch.arange(self.sink_k.codes.shape[2], device=self.count.device)
-        written = (sinks == self.count[:, None])[:, None, :, None]
-
-        def ring(old: Packed, one: Packed) -> Packed:
-            return Packed(
-                old.codes.index_put((rows, slots), one.codes[:, 0]),
-                old.exponents.index_put((rows, slots), one.exponents[:, 0]),
-            )
-
-        def sink(old: Packed, one: Packed) -> Packed:
-            return Packed(
-                torch.where(written, one.codes[:, 0, :, None], old.codes),
-                torch.where(written, one.exponents[:, 0, :, None], old.exponents),
-            )
-
-        return PackedHedgehogState(
-            new.s, ring(self.ring_k, k), ring(self.ring_v, v), sink(self.sink_k, k), sink(self.sink_v, v), new.count
-        )
 
 
 @register_mixer("hedgehog")
@@ -185,56 +163,74 @@ class HedgehogMixer(Mixer):
             return torch.cat([logits.softmax(-1), (-logits).softmax(-1)], -1)
         return logits.clamp(max=LARGEST_LOGIT).exp()
 
-    def _ring_features(self, state: WindowState, ctx: Context, time: int) -> Tensor:
-        """Features (B, R, F) of the keys in the rings; for a single new token (B, Hk, F) of what it pushes out."""
-        positions = ring_positions(state.count, self.lengths)
-        if time == 1:
-            slots = ring_slots(state.count, self.lengths)
-            rows = torch.arange(len(slots), device=slots.device)[:, None]
-            keys = state.ring_k[rows, slots]
-            if self.prototypes:
-                keys = ctx.rotary.unrotate(keys[:, :, None], positions.gather(1, slots))[:, :, 0]
-            return self._features_of(torch.einsum("bhd,hdf->bhf", keys, self.key_map.to(keys.dtype))).to(state.s.dtype)
+    def _ring_features(self, state: WindowState, ctx: Context) -> Tensor:
+        """Features (B, R, F) of the keys in the rings."""
         keys = state.ring_k[:, :, None]
         if self.prototypes:
-            keys = ctx.rotary.unrotate(keys, positions)
+            keys = ctx.rotary.unrotate(keys, ring_positions(state.count, self.lengths))
         parts = keys[:, :, 0].split(list(self.lengths), 1)
         features = [self._key_features_of(head, part) for head, part in enumerate(parts)]
         return torch.cat(features, 1).to(state.s.dtype)
 
+    def _leaving_features(self, state: WindowState | PackedHedgehogState, ctx: Context, dtype: torch.dtype) -> Tensor:
+        """Features (B, Hk, F) of the keys whose rows the next token takes."""
+        slots = ring_slots(state.count, self.lengths)
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        ring = state.ring_k
+        keys = ring[rows, slots] if isinstance(ring, Tensor) else ring.select(rows, slots).unpack(dtype)
+        if self.prototypes:
+            positions = state.count[:, None] - slots.new_tensor(self.lengths)
+            keys = ctx.rotary.unrotate(keys[:, :, None], positions)[:, :, 0]
+        return self._features_of(torch.einsum("bhd,hdf->bhf", keys, self.key_map.to(keys.dtype)))
+
     def forward(self, hidden: Tensor, state: HedgehogState | PackedHedgehogState | None, ctx: Context):
         q, k, v = self.proj.split(hidden)
         turned_q, turned_k = ctx.rotary.rotate(q, ctx.positions), ctx.rotary.rotate(k, ctx.positions).to(v.dtype)
-        one = state is not None and k.shape[1] == 1
-        packed = None
-        if self.bits is not None and one:
-            packed = pack(turned_k, self.bits[0]), pack(v, self.bits[1])
-            # Straight to the type that a step computes in: the rings are as large as they are.
-            turned_k, v = (x.unpack(state_dtype(v.dtype)) for x in packed)
-        elif self.bits is not None:
+        far = ctx.positions.max() >= self.config.sink_distance
+        near = ctx.positions.clamp(max=self.config.sink_distance)
+        sink_q = ctx.rotary.rotate(q, near) if bool(far) else None
+        factor = None if self.prototypes else self.log_factor.exp()
+        anchor = "absolute" if self.prototypes else "max"
+        log_decay = self.log_decay.clamp(max=0)
+        alone = q.shape[1] == 1 and ctx.mask is None and ctx.seq_ids is None
+        if state is not None and alone and not torch.is_grad_enabled():
+            state = state if ctx.in_place else state.map(Tensor.clone)
+            memory = state.window if isinstance(state, HedgehogState) else state
+            o = window_step(
+                self._query_features(q if self.prototypes else turned_q)[:, 0],
+                turned_q[:, 0],
+                turned_k[:, 0],
+                v[:, 0],
+                memory,
+                lengths=self.lengths,
+                sinks=self.config.num_sinks,
+                far=None if sink_q is None else sink_q[:, 0],
+                leaving=self._leaving_features(memory, ctx, v.dtype),
+                g=log_decay,
+                factor=factor,
+                anchor=anchor,
+            )
+            return self.proj.o_proj(o.flatten(1).to(q.dtype)[:, None]), state
+        if self.bits is not None:
             turned_k, v = quantise(turned_k, self.bits[0]), quantise(v, self.bits[1])
             k = ctx.rotary.unrotate(turned_k, ctx.positions) if self.prototypes else k
         base_q, base_k = (q, k) if self.prototypes else (turned_q, turned_k)
-        # A token's own features count once it leaves the window, not before: `_ring_features` makes them then.
-        features = self._key_features(base_k) if not one else v.new_zeros(*k.shape[:3], self.features)
         before = None if state is None else state.unpack(v.dtype)
-        far = ctx.positions.max() >= self.config.sink_distance
-        near = ctx.positions.clamp(max=self.config.sink_distance)
         window = Window(
             q=turned_q,
             k=turned_k,
             lengths=self.lengths,
             sinks=self.config.num_sinks,
-            q_sink=ctx.rotary.rotate(q, near) if bool(far) else None,
-            factor=None if self.prototypes else self.log_factor.exp(),
-            anchor="absolute" if self.prototypes else "max",
-            ring_features=None if before is None else self._ring_features(before, ctx, k.shape[1]),
+            q_sink=sink_q,
+            factor=factor,
+            anchor=anchor,
+            ring_features=None if before is None else self._ring_features(before, ctx),
         )
         o, after = gated_linear_attention(
             self._query_features(base_q),
-            features,
+            self._key_features(base_k),
             v,
-            self.log_decay.clamp(max=0),
+            log_decay,
             window=window,
             initial_state=before,
             seq_ids=ctx.seq_ids,
@@ -243,11 +239,7 @@ class HedgehogMixer(Mixer):
         o = self.proj.o_proj(o.flatten(-2).to(q.dtype))
         if state is None:
             return o, None
-        if self.bits is None:
-            return o, HedgehogState(after)
-        if packed is not None and ctx.mask is None:
-            return o, state.after_one(after, self.lengths, *packed)
-        return o, self._pack(after)
+        return o, HedgehogState(after) if self.bits is None else self._pack(after)
 
 
 def _accurate(x: Tensor) -> Tensor:

@@ -40,6 +40,10 @@ class Packed:
         exponents = torch.zeros(*rows, width // _block(width), dtype=torch.int8, device=device)
         return cls(torch.zeros(*rows, stored, dtype=kind, device=device), exponents)
 
+    def select(self, *index: Tensor) -> Packed:
+        """The vectors at these places of the leading axes."""
+        return Packed(self.codes[index], self.exponents[index])
+
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """(..., width) in `dtype`."""
         codes = self.codes

@@ -1,0 +1,118 @@
+"""One token through `gated_linear_attention` with a window, in place: what decoding runs in every layer.
+
+The equations are those of `gated_linear_attention` with `window`. Rings and sinks may be plain tensors or packed into 8
+or 4 bits (`kernels/microscaling.py`); they are read as they are, and only the rows of the new token are written.
+
+B batch, H query heads, Hk key/value heads, F feature width, D key width, V value width, R ring rows.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..checks import expect
+from ..dispatch import dispatch, register
+from ..microscaling import Packed
+
+__all__ = ["State", "window_step"]
+
+
+class State(Protocol):
+    """What a layer with a window remembers: the fields of `gated_linear_attention.WindowState`, rings packed or not."""
+
+    s: Tensor
+    ring_k: Tensor | Packed
+    ring_v: Tensor | Packed
+    sink_k: Tensor | Packed
+    sink_v: Tensor | Packed
+    count: Tensor
+
+
+def _cpu():
+    from .cpu import window_step
+
+    return window_step
+
+
+def _chunked():
+    from .chunked import window_step
+
+    return window_step
+
+
+def _cpu_supports(*, q, near, far, k, v, leaving, g, factor, state, lengths, sinks, anchor, scale) -> str | None:
+    if sinks > 128:
+        return "more than 128 sinks"
+    if state.s.dtype != torch.float32:
+        return f"the state is {str(state.s.dtype).removeprefix('torch.')}"
+    rings = (state.ring_k, state.ring_v, state.sink_k, state.sink_v)
+    parts = [part for ring in rings for part in ([ring] if isinstance(ring, Tensor) else [ring.codes, ring.exponents])]
+    if not all(part.is_contiguous() for part in (state.s, *parts)):
+        return "a state that is not contiguous"
+    tensors = {"q": q, "near": near, "k": k, "v": v, "s": state.s, "ring": parts[0]}
+    return native.supports("window_step", tensors)
+
+
+def _cpu_available() -> str | None:
+    return native.problem("window_step", build=False)
+
+
+register("window_step", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
+register("window_step", "chunked", _chunked, priority=10)
+
+
+def window_step(
+    q: Tensor,
+    near: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: State,
+    *,
+    lengths: tuple[int, ...],
+    sinks: int = 0,
+    far: Tensor | None = None,
+    leaving: Tensor | None = None,
+    g: Tensor | None = None,
+    factor: Tensor | None = None,
+    anchor: str = "absolute",
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """The output (B, H, V) of one token; `state` is changed **in place**. Without gradients and without a mask.
+
+    Args:
+        q: (B, H, F) features of the query. near: (B, H, D) the query of the window; far: that of the sinks, None: near.
+        k: (B, Hk, D), v: (B, Hk, V) of the new token; rounded to what the rings hold, also for this step.
+        lengths, sinks, factor, anchor: as in `Window`. g: (Hk,) log decay of the linear part, or None.
+        leaving: (B, Hk, F) features of the tokens whose rows the new one takes (`ring_slots`); None where F is 0.
+        scale: of the linear part. backend: which implementation; None chooses the fastest.
+    Raises:
+        ShapeError: names the argument, its shape and the expected one.
+    """
+    batch, kv_heads, width = state.s.shape[:3]
+    expect("near", near, (batch, near.shape[1], k.shape[-1]))
+    expect("k", k, (batch, kv_heads, k.shape[-1]))
+    expect("v", v, (batch, kv_heads, state.s.shape[-1] - 1))
+    expect("q", q, (batch, near.shape[1], width))
+    if width and leaving is not None:
+        expect("leaving", leaving, (batch, kv_heads, width))
+    call = {
+        "q": q,
+        "near": near,
+        "far": far,
+        "k": k,
+        "v": v,
+        "leaving": leaving,
+        "g": g,
+        "factor": factor,
+        "state": state,
+        "lengths": lengths,
+        "sinks": sinks,
+        "anchor": anchor,
+        "scale": scale,
+    }
+    return dispatch("window_step", call, backend)

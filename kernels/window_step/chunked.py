@@ -1,0 +1,71 @@
+"""`window_step` by `gated_linear_attention` on unpacked rings, in plain torch; runs in float64 and on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..gated_linear_attention import Window, WindowState, gated_linear_attention, ring_slots
+from ..microscaling import Packed, pack, quantise
+from . import State
+
+
+@torch.no_grad()
+def window_step(
+    *,
+    q: Tensor,
+    near: Tensor,
+    far: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    leaving: Tensor | None,
+    g: Tensor | None,
+    factor: Tensor | None,
+    state: State,
+    lengths: tuple[int, ...],
+    sinks: int,
+    anchor: str,
+    scale: float,
+) -> Tensor:
+    """See `kernels.window_step`."""
+    dtype = state.s.dtype
+    k, v = _as_kept(k, state.ring_k), _as_kept(v, state.ring_v)
+    q, near, far, new_k, new_v = (None if x is None else x[:, None].to(dtype) for x in (q, near, far, k, v))
+    features = q.new_zeros(*new_k.shape[:3], q.shape[-1])  # of the new token: they count when it leaves the window
+    rings = (_read(ring, dtype) for ring in (state.ring_k, state.ring_v, state.sink_k, state.sink_v))
+    window = Window(near, new_k, lengths, sinks, far, factor=factor, anchor=anchor, ring_features=leaving)
+    o, after = gated_linear_attention(
+        q, features, new_v, g, scale=scale, window=window, initial_state=WindowState(state.s, *rings, state.count)
+    )
+    rows = torch.arange(len(state.count), device=state.count.device)[:, None]
+    slots = ring_slots(state.count, lengths)
+    first = torch.arange(sinks, device=state.count.device) == state.count[:, None]
+    batch, sink = first.nonzero(as_tuple=True)
+    for ring, sink_ring, x in ((state.ring_k, state.sink_k, k), (state.ring_v, state.sink_v, v)):
+        for stored, sunk, new in zip(_parts(ring), _parts(sink_ring), _new_parts(ring, x), strict=True):
+            stored[rows, slots] = new
+            sunk[batch, :, sink] = new[batch]
+    state.s.copy_(after.s)
+    state.count.copy_(after.count)
+    return o[:, 0]
+
+
+def _bits(ring: Packed) -> int:
+    return 4 if ring.codes.dtype == torch.uint8 else 8
+
+
+def _as_kept(x: Tensor, ring: Tensor | Packed) -> Tensor:
+    """x rounded to what the ring holds."""
+    return x.to(ring.dtype) if isinstance(ring, Tensor) else quantise(x, _bits(ring))
+
+
+def _read(ring: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+    return ring.to(dtype) if isinstance(ring, Tensor) else ring.unpack(dtype)
+
+
+def _parts(ring: Tensor | Packed) -> list[Tensor]:
+    return [ring] if isinstance(ring, Tensor) else [ring.codes, ring.exponents]
+
+
+def _new_parts(ring: Tensor | Packed, x: Tensor) -> list[Tensor]:
+    return [x] if isinstance(ring, Tensor) else _parts(pack(x, _bits(ring)))

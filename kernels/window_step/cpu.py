@@ -1,0 +1,69 @@
+"""`window_step` in C (`cpu.c`)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..microscaling import Packed
+from ..native import function, pointer
+from . import State
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as in cpu.c
+
+
+@lru_cache(maxsize=256)
+def _lengths(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor(lengths)
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _pointers(ring: Tensor | Packed) -> tuple[int | None, int | None]:
+    if isinstance(ring, Tensor):
+        return pointer(ring), None
+    return pointer(ring.codes), pointer(ring.exponents)
+
+
+def _kind(ring: Tensor | Packed) -> int:
+    return KINDS[(ring if isinstance(ring, Tensor) else ring.codes).dtype]
+
+
+@torch.no_grad()
+def window_step(
+    *,
+    q: Tensor,
+    near: Tensor,
+    far: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    leaving: Tensor | None,
+    g: Tensor | None,
+    factor: Tensor | None,
+    state: State,
+    lengths: tuple[int, ...],
+    sinks: int,
+    anchor: str,
+    scale: float,
+) -> Tensor:
+    """See `kernels.window_step`."""
+    batch, heads, key_width = near.shape
+    kv_heads, value_width = v.shape[1:]
+    o = torch.empty(batch, heads, value_width)
+    # Held by name until the call is over: pointers keep nothing alive.
+    inputs = [_float(x) for x in (q, near, far, k, v, leaving, g, factor)]
+    rings = (state.ring_k, state.ring_v, state.sink_k, state.sink_v)
+    function("window_step", "window_step", "p" * 20 + "i" * 10 + "ffi")(
+        *map(pointer, inputs),
+        pointer(state.s),
+        *(address for ring in rings for address in _pointers(ring)),
+        *(pointer(state.count), pointer(_lengths(tuple(lengths))), pointer(o)),
+        *(batch, heads, kv_heads, key_width, value_width, q.shape[-1], sinks),
+        *(_kind(state.ring_k), _kind(state.ring_v), int(anchor == "absolute")),
+        *(key_width**-0.5, scale, torch.get_num_threads()),
+    )
+    return o.to(v.dtype)
