@@ -96,7 +96,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(o, final state, states before each chunk, denominators): the last two for backward, empty unless `keep`."""
     o, state, kept, denominators = _empty_outputs(q, k, v, g, bonus, initial, codes, scale, normalize, keep)
-    q, k, v, g, bonus = _contiguous(q, k, v, g, bonus)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    g, bonus = (None if x is None else x.contiguous() for x in (g, bonus))
     initial = None if initial is None else initial.to(torch.float32).contiguous()
     function("gated_linear_attention", "gated_linear_attention_forward", "p" * 11 + "i" * 10 + "f")(
         *(pointer(x) for x in (q, k, v, g, bonus, initial, codes, o, state)),
@@ -142,8 +143,8 @@ def backward(
     _, _, _, dg, dbonus, _ = found = _empty_gradients(
         q, k, v, g, bonus, codes, o, kept, denominators, do, dstate, scale, normalize
     )
-    q, k, v, g, bonus = _contiguous(q, k, v, g, bonus)
-    o, do, dstate = _contiguous(o, do, dstate)
+    q, k, v, do, dstate = (x.contiguous() for x in (q, k, v, do, dstate))
+    g, bonus = (None if x is None else x.contiguous() for x in (g, bonus))
     batch, _, heads, width = q.shape
     # Sums over all steps: in double for each batch row, one task after the other, so that threads change no order.
     sums = None if g is None or g.ndim > 1 else torch.zeros(batch, len(g), dtype=torch.float64)
@@ -167,10 +168,6 @@ def _empty_gradients(q, k, v, g, bonus, codes, o, kept, denominators, do, dstate
         return q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
 
     return like(q), like(k), like(v), like(g), like(bonus), like(dstate)
-
-
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
 def _numbers(q: Tensor, v: Tensor, g: Tensor | None, normalize: bool) -> tuple[int, ...]:

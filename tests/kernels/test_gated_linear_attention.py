@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rnnzoo.kernels.dispatch import backends, explain
 from rnnzoo.kernels.errors import RnnzooError, ShapeError
-from rnnzoo.kernels.gated_linear_attention import gated_linear_attention
+from rnnzoo.kernels.gated_linear_attention import Window, gated_linear_attention, gated_linear_attention_step
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=25)
 lengths = st.sampled_from([1, 2, 17, 63, 64, 65, 100])
@@ -285,3 +286,114 @@ def test_bonus_and_normalizer_exclude_each_other():
     x = torch.zeros(1, 2, 1, 3)
     with pytest.raises(RnnzooError, match="bonus cannot be combined"):
         gated_linear_attention(x, x, x, bonus=torch.zeros(1, 3), normalize=True)
+
+
+FUSED = ["cpu", "triton"]
+
+
+def skip_if_unavailable(backend):
+    reason = {status.backend: status.reason for status in backends("gated_linear_attention")}[backend]
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.mark.parametrize("bonus", [False, True])
+@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("backend", FUSED)
+def test_sudden_forgetting_costs_no_accuracy_before_or_after_it(backend, decay, bonus):
+    skip_if_unavailable(backend)
+    call = make(0, 1, 50, 2, 1, 20, 24, decay, 0.05, dtype=torch.float32)
+    torch.manual_seed(1)
+    strong = torch.rand(call["g"].shape)
+    for share, log in ((0.1, -20.0), (0.06, -1e4), (0.03, -torch.inf)):
+        call["g"] = torch.where(strong < share, log, call["g"].detach())
+    exact = {name: x.detach().double().requires_grad_() for name, x in call.items()}
+    call = {name: x.detach().requires_grad_() for name, x in call.items()}
+    options = {"bonus": torch.randn(2, 20)} if bonus else {}
+    found = gated_linear_attention(**call, **options, backend=backend)
+    expected = gated_linear_attention(**exact, **options, backend="reference")
+    pairs = [*zip(found, expected, strict=True)]
+    pairs += zip(gradients(found, list(call.values())), gradients(expected, list(exact.values())), strict=True)
+    for a, b in pairs:
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_gradients_reach_bfloat16_queries_beside_float32_decays(backend):
+    skip_if_unavailable(backend)
+    call = make(0, 1, 40, 1, 2, 16, 16, "channel", 1.0, dtype=torch.float32)
+    call = {
+        name: x.detach().to(torch.bfloat16 if name in "qkv" else torch.float32).requires_grad_()
+        for name, x in call.items()
+    }
+    exact = {name: x.detach().double().requires_grad_() for name, x in call.items()}
+    found = gated_linear_attention(**call, backend=backend)
+    expected = gated_linear_attention(**exact, backend="reference")
+    assert found[0].dtype == torch.bfloat16
+    for (name, x), a, b in zip(
+        call.items(),
+        gradients(found, list(call.values())),
+        gradients(expected, list(exact.values())),
+        strict=True,
+    ):
+        assert a.dtype == x.dtype
+        assert (a - b).norm() <= 2e-2 * b.norm(), name
+
+
+@repeatable
+@given(
+    seed=st.integers(0, 1000),
+    batch=st.integers(1, 3),
+    kv_heads=st.sampled_from([1, 2, 9]),
+    group=st.integers(1, 3),
+    widths=st.sampled_from([(1, 1), (5, 3), (24, 60), (64, 64), (60, 130)]),
+    decay=st.sampled_from(["none", "constant", "head", "channel"]),
+    flavour=st.sampled_from(["plain", "bonus", "normalize"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+def test_steps_in_place_are_the_recurrence(backend, seed, batch, kv_heads, group, widths, decay, flavour, dtype):
+    skip_if_unavailable(backend)
+    width, value_width = widths
+    call = make(seed, batch, 3, kv_heads, group, width, value_width, decay, 2.0, dtype=torch.float32, state=False)
+    call = {name: x.detach() for name, x in call.items()}
+    state = torch.rand(batch, kv_heads, width, value_width + (flavour == "normalize"))
+    options = {"normalize": True} if flavour == "normalize" else {}
+    if flavour == "normalize":
+        call["q"], call["k"] = call["q"].exp(), call["k"].exp()
+    call = {name: x.to(dtype) for name, x in call.items()}
+    if flavour == "bonus":
+        options["bonus"] = torch.randn(kv_heads * group, width, dtype=dtype)
+    exact = {name: x.double() for name, x in {**call, "initial_state": state}.items()}
+    expected, last = gated_linear_attention(**exact, **options, backend="reference")
+    g = call.get("g")
+    for t in range(3):
+        step = (call[name][:, t] for name in "qkv")
+        decay_now = g if g is None or g.ndim == 1 else g[:, t]
+        o = gated_linear_attention_step(*step, decay_now, state, **options, backend=backend)
+        assert o.dtype == dtype and o.shape == expected[:, t].shape
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        assert (o - expected[:, t]).norm() <= tolerance * max(1, expected[:, t].norm())
+    assert (state - last).norm() <= 1e-5 * last.norm()
+
+
+def test_a_step_that_does_not_fit_names_the_shapes():
+    q, v, state = torch.zeros(1, 2, 4), torch.zeros(1, 2, 3), torch.zeros(1, 2, 4, 3)
+    gated_linear_attention_step(q, q, v, None, state)
+    for bad in ((q, q[:, :1], v, None, state), (q, q, v, torch.zeros(1, 2, 2), state), (q, q, q, None, state)):
+        with pytest.raises(ShapeError, match=r"q \(1, 2, 4\).* do not fit the state \(1, 2, 4, 3\)"):
+            gated_linear_attention_step(*bad)
+    with pytest.raises(ShapeError, match="do not fit"):
+        gated_linear_attention_step(q, q, v, None, state, normalize=True)
+
+
+def test_fused_backends_leave_windows_and_empty_widths_to_chunked():
+    q, v = torch.zeros(1, 4, 2, 3), torch.zeros(1, 4, 2, 5)
+    names = ("g", "bonus", "initial_state", "seq_ids", "mask")
+    call = {**dict.fromkeys(names), "scale": 1.0, "normalize": False, "k": q, "v": v}
+    window = Window(q, q, (2, 2))
+    empty = {**call, "q": q[..., :0], "k": q[..., :0], "window": None}
+    for backend in FUSED:
+        skip_if_unavailable(backend)
+        assert explain("gated_linear_attention", {**call, "q": q, "window": window})[backend] == "a window"
+        assert explain("gated_linear_attention", empty)[backend] == "an empty width"
