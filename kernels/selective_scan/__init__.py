@@ -9,6 +9,7 @@ Source: Gu and Dao 2023, "Mamba", section 3 and algorithm 2.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import gpu, native
@@ -63,6 +64,14 @@ def _cpu_available() -> str | None:
     return native.problem("selective_scan", build=False)
 
 
+def _cpu_step_supports(*, x, dt, a, b, c, d, state) -> str | None:
+    if not (state.is_cpu and state.dtype == torch.float32 and state.is_contiguous()):
+        return "the state is not a contiguous float32 tensor on the CPU"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"x is {x.dtype}"
+    return native.problem("selective_scan")
+
+
 def _triton_supports(*, seq_ids, mask, **tensors) -> str | None:
     return gpu.supports(tensors)
 
@@ -76,7 +85,7 @@ register(
 register("selective_scan", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
 register("selective_scan", "chunked", _chunked, priority=10)
 register("selective_scan", "reference", _reference, priority=0)
-register("selective_scan_step", "cpu", _cpu_step, priority=20, supports=_cpu_supports, available=_cpu_available)
+register("selective_scan_step", "cpu", _cpu_step, priority=20, supports=_cpu_step_supports, available=_cpu_available)
 register("selective_scan_step", "chunked", _chunked_step, priority=10)
 
 

@@ -76,6 +76,12 @@ static void store_channels(void *tensor, const vf *rows, const Steps *steps, con
     i64 first = block * LANES, n = MIN(LANES, s->width - first);
     for (i64 t = 0; t < steps->count; t++) store_row(tensor, steps->at[t] * s->width + first, (const float *)(rows + t), n, (int)s->bf16);
 }
+/* Asks for another chunk's rows of a block early: they lie far apart, and hardware does not guess them. */
+INLINE void prefetch(const void *tensor, const Scan *s, i64 batch, i64 chunk, i64 block, const int to_write) {
+    i64 size = s->bf16 ? 2 : 4, first = (batch * s->time + chunk * CHUNK) * s->width + block * LANES;
+    const char *at = (const char *)tensor + first * size;
+    for (i64 t = 0; t < CHUNK; t++) __builtin_prefetch(at + t * s->width * size, to_write, 2);
+}
 static void zero_skipped(void *tensor, const Scan *s, i64 batch, i64 chunk, i64 first_block, i64 stop_block) {
     i64 start = batch * s->time + chunk * CHUNK, stop = MIN(start + CHUNK, (batch + 1) * s->time);
     i64 first = first_block * LANES, n = MIN(stop_block * LANES, s->width) - first;
@@ -105,9 +111,10 @@ static vf skip_of(const Scan *s, i64 block) {
 
 INLINE vf absv(vf x) { return (vf)((vi)x & 0x7fffffff); }
 INLINE int all(vi condition) {
-    int yes = -1;
-    for (int i = 0; i < LANES; i++) yes &= condition[i];
-    return yes;
+    uint64_t pairs[LANES / 2], both = ~(uint64_t)0;
+    memcpy(pairs, &condition, sizeof pairs);
+    for (int i = 0; i < LANES / 2; i++) both &= pairs[i];
+    return both == ~(uint64_t)0;
 }
 /* Largest |A| of each channel, and whether no exponent of this chunk leaves the range of `exp2v_within`. */
 static vf largest(const vf *a, const Scan *s) {
@@ -177,6 +184,10 @@ void selective_scan_forward(const void *x, const void *dt, const float *a, const
             load_steps(&steps, &s, row, chunk);
             for (i64 block = first; block < stop; block++) {
                 i64 own = (block - first) * s.padded;
+                if (chunk + 1 < s.chunks) {
+                    prefetch(x, &s, row, chunk + 1, block, 0), prefetch(dt, &s, row, chunk + 1, block, 0);
+                    prefetch(y, &s, row, chunk + 1, block, 1);
+                }
                 forward_block(state + own, rates + own, &steps, &s, block, y);
             }
             zero_skipped(y, &s, row, chunk, first, stop);
@@ -284,6 +295,11 @@ static void backward_task(const Scan *s, i64 row, i64 group, const float *kept, 
         for (i64 block = first; block < stop; block++) {
             i64 own = (block - first) * s->padded;
             const vf *before = (const vf *)kept + ((row * s->chunks + chunk) * s->blocks + block) * s->padded;
+            if (chunk) {
+                prefetch(s->x, s, row, chunk - 1, block, 0), prefetch(s->dt, s, row, chunk - 1, block, 0);
+                prefetch(dy, s, row, chunk - 1, block, 0);
+                prefetch(dx, s, row, chunk - 1, block, 1), prefetch(ddt, s, row, chunk - 1, block, 1);
+            }
             Gradients to = {dx, ddt, carry + own, da + block * s->padded, dd + block, sums};
             backward_block(before, rates + own, dy, &to, &steps, s, block);
         }
@@ -342,27 +358,60 @@ void selective_scan_backward(const void *x, const void *dt, const float *a, cons
     free(parts);
 }
 
+/* One step of 16 channels with 16 state numbers, in place on h (16, 16): C h. z: exponents by channel, base 2. */
+INLINE vf step_rows(float *h, vf *z, vf b, vf c, const float *u, const int small) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+        vf next = (small ? exp2v_within(z[i]) : exp2v(z[i])) * loadv(h + i * LANES) + u[i] * b;
+        storev(h + i * LANES, next);
+        z[i] = next * c;
+    }
+    return sum_rows(z);
+}
+/* Not inline, so that rate and u are broadcast from memory; from registers that takes shuffles. */
+static __attribute__((noinline)) vf step_square(float *h, const float *a, const float *b, const float *c, const float *rate,
+                                                const float *u) {
+    vf z[LANES], squares = splat(0);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) z[i] = rate[i] * loadv(a + i * LANES), squares += z[i] * z[i];
+    if (all(squares < 126.0f * 126.0f)) return step_rows(h, z, loadv(b), loadv(c), u, 1);
+    return step_rows(h, z, loadv(b), loadv(c), u, 0);
+}
+/* The same of n channels with any number of state numbers; b and c are padded rows. */
+static vf step_any(float *h, const float *a, const float *b, const float *c, const float *rate, const float *u, i64 n,
+                   i64 states) {
+    vf rows[LANES];
+    for (i64 i = 0; i < LANES; i++) {
+        rows[i] = splat(0);
+        for (i64 j = 0; i < n && j < states; j += LANES) {
+            i64 at = i * states + j, few = states - j;
+            vf next = exp2v(rate[i] * load_lanes(a, at, few, 0)) * load_lanes(h, at, few, 0) + u[i] * loadv(b + j);
+            store_lanes(h, at, next, few, 0);
+            rows[i] += next * loadv(c + j);
+        }
+    }
+    return sum_rows(rows);
+}
+
 /* One step of decoding, in place on state (B, D, N); y (B, D). Lanes are state numbers here, as they lie in memory. */
 void selective_scan_step(const void *x, const void *dt, const float *a, const void *b, const void *c, const float *d,
                          float *state, void *y, i64 batch, i64 width, i64 states, i64 threads, i64 bf16) {
     i64 blocks = (width + LANES - 1) / LANES;
-    threads = batch * width * states < 1 << 15 ? 1 : threads; /* waking the others takes longer */
+    threads = batch * width * states < 1 << 14 ? 1 : threads; /* waking the others takes longer */
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 task = 0; task < batch * blocks; task++) {
         i64 row = task / blocks, first = task % blocks * LANES, n = MIN(LANES, width - first), at = row * width + first;
-        vf inputs = load_lanes(x, at, n, (int)bf16), widths = load_lanes(dt, at, n, (int)bf16), rows[LANES];
-        vf scaled = inputs * widths, rates = widths * LOG2_E, out = splat(0);
-        for (i64 i = 0; i < LANES; i++) {
-            rows[i] = splat(0);
-            for (i64 j = 0; i < n && j < states; j += LANES) {
-                i64 few = states - j, own = (at + i) * states + j;
-                vf h = load_lanes(state, own, few, 0), e = exp2v(rates[i] * load_lanes(a, (first + i) * states + j, few, 0));
-                h = e * h + scaled[i] * load_lanes(b, row * states + j, few, (int)bf16);
-                store_lanes(state, own, h, few, 0);
-                rows[i] += h * load_lanes(c, row * states + j, few, (int)bf16);
-            }
-        }
-        if (d) out = inputs * load_lanes(d, first, n, 0);
-        store_lanes(y, at, out + sum_rows(rows), n, (int)bf16);
+        float maps[2 * PADDED(states)], *to_y = maps + PADDED(states);
+        load_row(maps, b, row * states, states, (int)bf16);
+        load_row(to_y, c, row * states, states, (int)bf16);
+        vf input = load_lanes(x, at, n, (int)bf16), dts = load_lanes(dt, at, n, (int)bf16), out;
+        float rate[LANES], u[LANES];
+        storev(rate, dts * LOG2_E), storev(u, dts * input);
+        float *h = state + at * states;
+        const float *own = a + first * states;
+        if (n == LANES && states == LANES) out = step_square(h, own, maps, to_y, rate, u);
+        else out = step_any(h, own, maps, to_y, rate, u, n, states);
+        if (d) out += input * load_lanes(d, first, n, 0);
+        store_lanes(y, at, out, n, (int)bf16);
     }
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -103,22 +106,24 @@ def _numbers(x: Tensor, a: Tensor) -> tuple[int, ...]:
     return *x.shape, a.shape[1], torch.get_num_threads(), int(x.dtype == torch.bfloat16)
 
 
+@functools.cache
+def _step() -> Callable[..., None]:
+    return function("selective_scan", "selective_scan_step", "p" * 8 + "i" * 5)
+
+
 def selective_scan_step(
     *, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, state: Tensor
 ) -> Tensor:
-    """See `kernels.selective_scan_step`. Calls C directly: the call itself should not cost more than the step."""
+    """See `kernels.selective_scan_step`. A plain call: a custom operator would cost more than the work."""
     dtype = x.dtype
-    if not dtype == dt.dtype == b.dtype == c.dtype:
-        return selective_scan_step(x=x.float(), dt=dt.float(), a=a, b=b.float(), c=c.float(), d=d, state=state).to(
-            dtype
-        )
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    own = state.contiguous()
-    tensors = contiguous(x, dt, a.float(), b, c, None if d is None else d.float(), own)
-    function("selective_scan", "selective_scan_step", "p" * 8 + "i" * 5)(
-        *[None if tensor is None else tensor.data_ptr() for tensor in (*tensors, y)],
-        *(*x.shape, a.shape[1], torch.get_num_threads(), dtype == torch.bfloat16),
+    if not (dt.dtype == b.dtype == c.dtype == dtype):
+        x, dt, b, c = x.float(), dt.float(), b.float(), c.float()
+    x, dt, a, b, c = x.contiguous(), dt.contiguous(), a.float().contiguous(), b.contiguous(), c.contiguous()
+    if d is not None:
+        d = d.float().contiguous()
+    y = torch.empty_like(x)
+    _step()(
+        *(x.data_ptr(), dt.data_ptr(), a.data_ptr(), b.data_ptr(), c.data_ptr(), None if d is None else d.data_ptr()),
+        *(state.data_ptr(), y.data_ptr(), *state.shape, torch.get_num_threads(), x.dtype == torch.bfloat16),
     )
-    if own is not state:
-        state.copy_(own)
-    return y
+    return y if y.dtype == dtype else y.to(dtype)
