@@ -94,13 +94,16 @@ INLINE void zero_row(void *tensor, i64 at, i64 n, int bf16) {
 /* The next 16 numbers from element `at` of a float32 or bfloat16 tensor, zeros from the n-th on; and back, n of them. */
 INLINE vf load_lanes(const void *tensor, i64 at, i64 n, int bf16) {
     if (n >= LANES) return bf16 ? load_bf16((const uint16_t *)tensor + at) : loadv((const float *)tensor + at);
-    vf row;
-    load_row((float *)&row, tensor, at, n, bf16);
-    return row;
+    float row[LANES] = {0};
+    load_row(row, tensor, at, n, bf16);
+    return loadv(row);
 }
 INLINE void store_lanes(void *tensor, i64 at, vf x, i64 n, int bf16) {
-    if (n < LANES) store_row(tensor, at, (const float *)&x, n, bf16);
-    else if (bf16) store_bf16((uint16_t *)tensor + at, x);
+    if (n < LANES) {
+        float row[LANES];
+        storev(row, x);
+        store_row(tensor, at, row, n, bf16);
+    } else if (bf16) store_bf16((uint16_t *)tensor + at, x);
     else storev((float *)tensor + at, x);
 }
 
