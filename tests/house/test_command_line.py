@@ -185,6 +185,28 @@ def test_list_and_env_know_this_machine(capsys):
     assert "mamba-in-llama" in words and "chunked" in words
 
 
+def test_bench_measures_every_backend_and_says_what_it_leaves_out(capsys, tmp_path):
+    few = ("--operation", "short_conv", "--length", "8", "--length", "16", "--seconds", "0.001")
+    assert call("bench", "kernels", *few, "--out", str(tmp_path), "--json") == 0
+    captured = capsys.readouterr()
+    shown = json.loads(captured.out)
+    assert shown == json.loads((tmp_path / "kernels.json").read_text()) and (tmp_path / "kernels.png").stat().st_size
+    assert shown["machine"]["copy_bytes"] > 0
+    modes = {(row["what"], row["mode"], row["time"]) for row in shown["rows"]}
+    assert {("chunked", mode, time) for mode in ("forward", "forward+backward") for time in (8, 16)} <= modes
+    assert ("chunked", "step", 1) in modes
+    assert all(row["seconds"] > 0 and row["share"] > 0 for row in shown["rows"])
+    assert "short_conv, silu: no triton (" in captured.err
+    assert call("bench", "kernels", "--operation", "fast_conv") == 1
+    assert "--operation 'fast_conv' is no recurrence; known are delta_rule," in capsys.readouterr().err
+
+
+def test_env_kernels_compiles_and_tells_what_runs(capsys):
+    assert call("env", "--kernels") == 0
+    words = capsys.readouterr().out
+    assert words.count("reference: available") >= 7 and "triton" in words
+
+
 def test_quantities_read_and_write_units():
     assert BYTES.convert("4MB", None, None) == 4_000_000 and BYTES.convert("512KiB", None, None) == 2**19
     assert COUNT.convert("0.5M", None, None) == COUNT.convert("500k", None, None) == 500_000

@@ -105,7 +105,7 @@ def test_no_path_of_somebodys_machine():
         pytest.skip("not a Git checkout")
     for name in set(done.stdout.split("\n")) - {""}:
         file = ROOT / name
-        if file.is_file() and file.suffix in {".py", ".md", ".toml", ".yaml", ".sh", ".j2", ".cff", ".c", ""}:
+        if file.is_file() and file.suffix in {".py", ".md", ".toml", ".yaml", ".sh", ".j2", ".cff", ".c", ".h", ""}:
             found = re.search(r"(?<![\w.])/(work|root|home|Users)/\w+", file.read_text(errors="replace"))
             assert found is None, f"{name}: {found}"
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("kernels", "zoo", "conversions", "cards")
-SHIPPED = {".py", ".typed", ".j2", ".yaml", ".c"}
+SHIPPED = {".py", ".typed", ".j2", ".yaml", ".c", ".h"}
 
 
 @pytest.fixture(scope="module")

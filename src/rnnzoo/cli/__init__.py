@@ -28,6 +28,7 @@ COMMANDS = {
     "eval": "Measure a model, against its teacher and a bounded cache.",
     "card": "Write the model card from what was measured.",
     "generate": "Continue a prompt, or answer it, as a stream of text.",
+    "bench": "Time the kernels against what else is installed.",
     "env": "Versions, devices, and why each kernel backend is (not) chosen.",
 }
 

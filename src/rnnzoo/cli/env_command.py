@@ -38,9 +38,17 @@ VARIABLES = (
 
 
 @click.command("env")
+@click.option("--kernels", "only_kernels", is_flag=True, help="Compile all kernels now, and show only what came of it.")
 @output_options
-def command(output: Output) -> None:
+def command(output: Output, only_kernels: bool) -> None:
     """Show versions, compiler, devices, and why each kernel backend is (not) chosen."""
+    if only_kernels:
+        from ..kernels.native import build_all
+
+        build_all()
+        found = kernel_backends()
+        output.result({"kernels": found}, lambda console: _show_kernels(found, console))
+        return
     value = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -112,7 +120,13 @@ def _show(value: dict[str, Any], console: Console) -> None:
         row(name, setting)
     console.print(table)
     console.print()
-    for operation, backends in value["kernels"].items():
+    _show_kernels(value["kernels"], console)
+
+
+def _show_kernels(kernels: dict[str, Any], console: Console) -> None:
+    from rich.text import Text
+
+    for operation, backends in kernels.items():
         console.print(Text(operation, style="bold"))
         chosen = next((entry["backend"] for entry in backends if entry["available"]), None)
         for entry in backends:

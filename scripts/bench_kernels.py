@@ -1,0 +1,182 @@
+"""The figures of the kernels in the README: each against what it has to beat, in one run on this machine.
+
+    python scripts/bench_kernels.py --out bench            # the table; peers that are not installed are left out
+    python scripts/bench_kernels.py --check                # and exit 1 where a figure is missed
+
+`rnnzoo bench kernels` measures all backends over all lengths instead. Writes OUT/figures.md and OUT/figures.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from rnnzoo.benchmarks.cases import CASES, Case, scan
+from rnnzoo.benchmarks.peers import DELTA, PEERS, PER_CHANNEL, PER_HEAD
+from rnnzoo.benchmarks.sweep import STATES, forward_backward, measure_step
+from rnnzoo.benchmarks.timing import Machine, measure_machine, seconds
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table: `value` must be `at_least`, or with `at_most` no more."""
+
+    what: str
+    against: str
+    value: float
+    unit: str
+    target: float
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.target if self.at_most else self.value >= self.target
+
+    def line(self) -> str:
+        bound = f"{'at most' if self.at_most else 'at least'} {self.target:g}{self.unit}"
+        return (
+            f"| {self.what} | {self.against} | {self.value:.3g}{self.unit} | {bound} | {'yes' if self.met else 'no'} |"
+        )
+
+
+def case_named(name: str) -> Case:
+    return next(case for case in (make() for make in CASES) if case.name == name)
+
+
+def timed(case: Case, function: Callable[[dict[str, torch.Tensor]], torch.Tensor], steps: int, budget: float) -> float:
+    torch.manual_seed(0)
+    return seconds(forward_backward(function, case.make(steps)), budget=budget)
+
+
+def ours(case: Case, steps: int, budget: float, backend: str | None = CPU) -> float:
+    return timed(case, lambda given: case.call(given, backend), steps, budget)
+
+
+def against_peers(budget: float) -> Iterator[Figure]:
+    rows = [
+        ("selective_scan", 1024, "transformers Mamba, loop", 200),
+        ("selective_scan", 1024, "transformers Mamba with mambapy", 5),
+        (PER_HEAD, 4096, "transformers Mamba-2", 4),
+        (PER_HEAD, 4096, "SDPA causal attention", 3),
+        (PER_HEAD, 16_384, "SDPA causal attention", 8),
+        (DELTA, 4096, "transformers Qwen3-Next", 4),
+    ]
+    for name, steps, other, target in rows:
+        case, peer = case_named(name), next(peer for peer in PEERS if peer.name == other)
+        if reason := peer.missing(CPU):
+            click.echo(f"not measured: {name} against {other}: {reason}", err=True)
+            continue
+        own = ours(case, steps, budget)
+        what = f"{name}, forward and backward, {case.size} T{steps}"
+        yield Figure(what, other, timed(case, peer.build(), steps, budget) / own, " x", target)
+    case = case_named(PER_CHANNEL)
+    ratio = ours(case, 4096, budget, "chunked") / ours(case, 4096, budget)
+    yield Figure(f"{PER_CHANNEL}, forward and backward, {case.size} T4096", "chunked", ratio, " x", 2)
+
+
+def against_the_copy(machine: Machine, budget: float) -> Iterator[Figure]:
+    case = scan(batch=4)
+    moved = 7 * 4 * 4096 * 1024 * 4
+    share = moved / ours(case, 4096, budget) / machine.copy_bytes
+    yield Figure("linear_scan, forward and backward, B4 T4096 D1024", "copy, 7 passes", 100 * share, " %", 60)
+    for case in (make() for make in CASES):
+        row = measure_step(case, CPU, machine, CPU, torch.float32, budget)
+        share = row.gigabytes_per_second * 1e9 / machine.copy_bytes
+        what = f"{case.name}, one step, {STATES} states of {case.size}"
+        yield Figure(what, "copy of the state", 100 * share, " %", 50)
+
+
+def by_length(budget: float) -> Iterator[Figure]:
+    for case in (make() for make in CASES):
+        ratio = ours(case, 65_536, budget) / ours(case, 4096, budget)
+        yield Figure(f"{case.name}, T65536 over T4096", "linear: 16", ratio, " x", 18, at_most=True)
+
+
+def memory() -> Iterator[Figure]:
+    for case in (make() for make in CASES):
+        done = _run([sys.executable, __file__, "--memory-of", case.name])
+        yield Figure(
+            f"{case.name}, extra memory, T65536", "inputs, output, gradients", float(done), " x", 1.5, at_most=True
+        )
+
+
+def extra_memory(name: str, steps: int = 65_536) -> float:
+    """Peak memory of this process over what it had with the inputs, over the bytes of inputs, output and gradients."""
+    case = case_named(name)
+    run_small = forward_backward(lambda given: case.call(given, CPU), case.make(128))
+    run_small()  # libraries and threads are loaded
+    inputs = {key: x.requires_grad_() for key, x in case.make(steps).items()}
+    before = _peak()
+    output = case.call(inputs, CPU)
+    weights = torch.ones_like(output)
+    gradients = torch.autograd.grad(output, list(inputs.values()), weights)
+    held = sum(x.nbytes for x in (*inputs.values(), output, weights, *gradients))
+    return (_peak() - before + sum(x.nbytes for x in inputs.values())) / held
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def first_use() -> Iterator[Figure]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = "import time, torch; from rnnzoo.kernels.native import build_all; s = time.time(); build_all(); "
+        command += "print(time.time() - s)"
+        done = _run([sys.executable, "-c", command], RNNZOO_CACHE=folder, RNNZOO_NO_REGISTER="1")
+    yield Figure("first use: all C files are compiled", "", float(done), " s", 20, at_most=True)
+
+
+def _run(command: list[str], **environment: str) -> str:
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise click.ClickException(done.stderr.strip().splitlines()[-1])
+    return done.stdout.strip().splitlines()[-1]
+
+
+@click.command()
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--seconds", "budget", type=float, default=2.0, show_default=True, help="Time for each number.")
+@click.option("--check", is_flag=True, help="Exit 1 where a figure is missed.")
+@click.option("--memory-of", hidden=True)
+def main(out: Path | None, budget: float, check: bool, memory_of: str | None) -> None:
+    """Measure, and write the table."""
+    if memory_of is not None:
+        click.echo(extra_memory(memory_of))
+        return
+    started = time.monotonic()
+    machine = measure_machine()
+    figures: list[Figure] = []
+    parts = (against_peers(budget), against_the_copy(machine, budget), by_length(budget), memory(), first_use())
+    for part in parts:
+        for figure in part:
+            figures.append(figure)
+            click.echo(figure.line())
+    limits = f"copies {machine.copy_bytes / 1e9:.1f} GB/s, matrix products {machine.matmul_flops / 1e9:.0f} GFLOP/s"
+    head = ["| what | against | measured | figure | met |", "|---|---|---|---|---|"]
+    text = "\n".join([f"{machine.threads} threads, float32: {limits}.", "", *head, *(f.line() for f in figures), ""])
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        out.joinpath("figures.md").write_text(text, encoding="utf-8")
+        values: list[dict[str, Any]] = [asdict(figure) | {"met": figure.met} for figure in figures]
+        out.joinpath("figures.json").write_text(json.dumps({"machine": asdict(machine), "figures": values}, indent=1))
+    click.echo(f"\n{text}\n{time.monotonic() - started:.0f} s")
+    if check and not all(figure.met for figure in figures):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

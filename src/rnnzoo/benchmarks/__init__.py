@@ -1,0 +1,1 @@
+"""What `rnnzoo bench` measures: our kernels beside what else is installed, in the same run."""

@@ -1,0 +1,201 @@
+"""The calls that are measured: each recurrence at the sizes of a small language model's layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.delta_rule import delta_rule, delta_rule_step
+from ..kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
+from ..kernels.linear_scan import linear_scan, linear_scan_step
+from ..kernels.selective_scan import selective_scan, selective_scan_step
+from ..kernels.short_conv import short_conv, short_conv_step
+from ..kernels.softmax_scan import SoftmaxState, softmax_scan, softmax_scan_step
+
+__all__ = ["CASES", "Case", "scan"]
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recurrence at one size.
+
+    Args:
+        name: as the tables show it. operation: as `dispatch` knows it. size: in words.
+        make: time -> inputs on the CPU in float32. call: (inputs, backend) -> output, without the state.
+        flops: of the recurrence itself, forward, a step; backward is counted as twice that.
+        step: (state, inputs of one step, backend) -> output; the state is changed in place.
+        state: -> an empty state of one layer.
+    """
+
+    name: str
+    operation: str
+    size: str
+    make: Callable[[int], Inputs]
+    call: Callable[[Inputs, str | None], Tensor]
+    flops: float
+    state: Callable[[], Any]
+    step: Callable[[Any, Inputs, str | None], Any]
+
+    def moved(self, time: int, backward: bool) -> int:
+        """Bytes that have to be read and written: inputs and output, with `backward` again, and the gradients."""
+        inputs = self.make(2)
+        fixed = sum(x.nbytes for x in inputs.values() if x.ndim < 3 or x.shape[1] != 2)
+        timed = sum(x.nbytes for x in inputs.values()) - fixed
+        output = self.call(inputs, "reference").nbytes
+        forward = fixed + (timed + output) * time // 2
+        return forward * (3 if backward else 1)
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(*shape)
+
+
+def scan(batch: int = 1, channels: int = 1024) -> Case:
+    return Case(
+        "linear_scan",
+        "linear_scan",
+        f"B{batch} D{channels}",
+        lambda time: {"a": torch.rand(batch, time, channels), "x": _normal(batch, time, channels)},
+        lambda inputs, backend: linear_scan(**inputs, backend=backend)[0],
+        2 * batch * channels,
+        lambda: torch.zeros(batch, channels),
+        lambda state, inputs, backend: linear_scan_step(inputs["a"], inputs["x"], state, backend=backend),
+    )
+
+
+def _attention(kind: str, heads: int = 9, width: int = 64) -> Case:
+    def make(time: int) -> Inputs:
+        shape = (1, time, heads)
+        decay = {"per head": (*shape, 1), "per channel": (*shape, width)}[kind]
+        qkv = {name: _normal(*shape, width) for name in "qkv"}
+        return qkv | {"g": F.logsigmoid(_normal(*decay) + 3)}
+
+    def step(state: Tensor, inputs: Inputs, backend: str | None) -> Tensor:
+        q, k, v, g = (inputs[name] for name in "qkvg")
+        return gated_linear_attention_step(q, k, v, g, state, backend=backend)
+
+    return Case(
+        f"gated_linear_attention, {kind}",
+        "gated_linear_attention",
+        f"B1 H{heads} D{width}",
+        make,
+        lambda inputs, backend: gated_linear_attention(**inputs, backend=backend)[0],
+        5 * heads * width * width,
+        lambda: torch.zeros(1, heads, width, width),
+        step,
+    )
+
+
+def _delta(heads: int = 8, width: int = 64) -> Case:
+    def make(time: int) -> Inputs:
+        shape = (1, time, heads)
+        key = F.normalize(_normal(*shape, width), dim=-1)
+        beta, g = torch.rand(*shape, 1), F.logsigmoid(_normal(*shape, 1) + 3)
+        given = {"q": F.normalize(_normal(*shape, width), dim=-1), "k": beta * key, "v": _normal(*shape, width)}
+        return given | {"a": -beta * g.exp() * key, "b": key, "g": g}
+
+    def step(state: Tensor, inputs: Inputs, backend: str | None) -> Tensor:
+        q, k, v, a, b, g = (inputs[name] for name in "qkvabg")
+        return delta_rule_step(q, k, v, a, b, g, state, backend=backend)
+
+    return Case(
+        "delta_rule, decay per head",
+        "delta_rule",
+        f"B1 H{heads} D{width}",
+        make,
+        lambda inputs, backend: delta_rule(**inputs, backend=backend)[0],
+        9 * heads * width * width,
+        lambda: torch.zeros(1, heads, width, width),
+        step,
+    )
+
+
+def _selective(channels: int = 512, width: int = 16) -> Case:
+    def make(time: int) -> Inputs:
+        return {
+            "x": _normal(1, time, channels),
+            "dt": F.softplus(_normal(1, time, channels) - 4),
+            "a": -torch.arange(1.0, width + 1).repeat(channels, 1),
+            "b": _normal(1, time, width),
+            "c": _normal(1, time, width),
+            "d": torch.ones(channels),
+        }
+
+    def step(state: Tensor, inputs: Inputs, backend: str | None) -> Tensor:
+        x, dt, a, b, c, d = (inputs[name] for name in ("x", "dt", "a", "b", "c", "d"))
+        return selective_scan_step(x, dt, a, b, c, d, state, backend=backend)
+
+    return Case(
+        "selective_scan",
+        "selective_scan",
+        f"B1 D{channels} N{width}",
+        make,
+        lambda inputs, backend: selective_scan(**inputs, backend=backend)[0],
+        7 * channels * width,
+        lambda: torch.zeros(1, channels, width),
+        step,
+    )
+
+
+def _softmax(channels: int = 1024) -> Case:
+    def make(time: int) -> Inputs:
+        return {
+            "k": _normal(1, time, 1, channels),
+            "v": _normal(1, time, 1, channels),
+            "decay": -torch.rand(1, channels),
+            "bonus": _normal(1, channels),
+        }
+
+    def step(state: SoftmaxState, inputs: Inputs, backend: str | None) -> Tensor:
+        k, v, decay, bonus = (inputs[name] for name in ("k", "v", "decay", "bonus"))
+        return softmax_scan_step(k, v, state, decay=decay, bonus=bonus, backend=backend)
+
+    empty = (1, 1, channels)
+    return Case(
+        "softmax_scan, RWKV-4",
+        "softmax_scan",
+        f"B1 D{channels}",
+        make,
+        lambda inputs, backend: softmax_scan(**inputs, backend=backend)[0],
+        12 * channels,
+        lambda: SoftmaxState(torch.full(empty, float("-inf")), torch.zeros(empty), torch.zeros(empty)),
+        step,
+    )
+
+
+def _conv(channels: int = 1024, taps: int = 4) -> Case:
+    def make(time: int) -> Inputs:
+        return {"x": _normal(1, time, channels), "weight": _normal(channels, taps), "bias": _normal(channels)}
+
+    def step(state: Tensor, inputs: Inputs, backend: str | None) -> Tensor:
+        x, weight, bias = (inputs[name] for name in ("x", "weight", "bias"))
+        return short_conv_step(x, weight, bias, state, activation="silu", backend=backend)
+
+    return Case(
+        "short_conv, silu",
+        "short_conv",
+        f"B1 D{channels} W{taps}",
+        make,
+        lambda inputs, backend: short_conv(**inputs, activation="silu", backend=backend)[0],
+        2 * taps * channels,
+        lambda: torch.zeros(1, channels, taps - 1),
+        step,
+    )
+
+
+CASES: tuple[Callable[..., Case], ...] = (
+    scan,
+    lambda: _attention("per head"),
+    lambda: _attention("per channel"),
+    _delta,
+    _selective,
+    _softmax,
+    _conv,
+)
