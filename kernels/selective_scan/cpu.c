@@ -14,7 +14,7 @@
  * (B, T, D) and (B, T, N) tensors are contiguous, float32 or bfloat16 (bf16 = 1); A (D, N), D and states are float32. */
 #include "vec.h"
 
-enum { CHUNK = 32, TILE = 4, MAX_GROUPS = 16, LEAST_BLOCKS = 2 };
+enum { CHUNK = 32, TILE = 4 };
 static const float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 
 typedef struct {
@@ -32,7 +32,8 @@ static Scan scan_of(const void *x, const void *dt, const float *a, const void *b
     s.chunks = (time + CHUNK - 1) / CHUNK, s.blocks = (width + LANES - 1) / LANES;
     s.padded = (states + TILE - 1) / TILE * TILE;
     s.groups = 1;
-    while (2 * s.groups <= MAX_GROUPS && 2 * s.groups * LEAST_BLOCKS <= s.blocks) s.groups *= 2;
+    /* Up to 8 groups of two blocks or more, 16 of four: each costs memory for its sums. */
+    while (2 * s.groups * (s.groups < 8 ? 2 : 4) <= s.blocks && s.groups < 16) s.groups *= 2;
     s.blocks_a_group = (s.blocks + s.groups - 1) / s.groups;
     s.groups = (s.blocks + s.blocks_a_group - 1) / s.blocks_a_group;
     return s;
@@ -168,6 +169,8 @@ void selective_scan_forward(const void *x, const void *dt, const float *a, const
                             const float *initial, const uint8_t *codes, void *y, float *final, float *kept, i64 batch,
                             i64 time, i64 width, i64 states, i64 threads, i64 bf16) {
     const Scan s = scan_of(x, dt, a, b, c, d, codes, batch, time, width, states, bf16);
+    huge_pages(y, batch * time * width * (bf16 ? 2 : 4));
+    if (kept) huge_pages(kept, batch * s.chunks * s.blocks * s.padded * LANES * 4);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (i64 task = 0; task < s.batch * s.groups; task++) {
         i64 row = task / s.groups, first = task % s.groups * s.blocks_a_group;
@@ -347,6 +350,8 @@ void selective_scan_backward(const void *x, const void *dt, const float *a, cons
     float *parts = malloc((size_t)(s.groups * part) * sizeof(float));
     vf *sum_a = (vf *)scratch(batch * s.blocks * (s.padded + 1) * LANES), *sum_d = sum_a + batch * s.blocks * s.padded;
     if (!parts) abort();
+    i64 bytes = batch * time * width * (bf16 ? 2 : 4);
+    huge_pages(dx, bytes), huge_pages(ddt, bytes), huge_pages(parts, s.groups * part * 4);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (i64 task = 0; task < batch * s.groups; task++) {
         i64 row = task / s.groups, group = task % s.groups;
