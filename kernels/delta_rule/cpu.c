@@ -50,15 +50,15 @@ static void load_decay(float *e, const Call *c, i64 position, i64 stride) {
     }
 }
 
-/* Asks for what the next chunk needs of step t, which lies far from the steps beside it, while this one is computed.
+/* Asks for what comes next of step t, which lies far from the steps beside it, while something else is computed.
  * Inlined, because GCC takes a function that only prefetches for one without effects, and drops its calls. */
 INLINE void prefetch_row(const void *tensor, i64 at, i64 n, i64 bf16) {
     const char *row = (const char *)tensor + at * (bf16 ? 2 : 4);
     for (i64 byte = 0; byte < n * (bf16 ? 2 : 4); byte += 64) __builtin_prefetch(row + byte, 0, 3);
 }
-INLINE void prefetch_step(const Call *c, const void *d_out, i64 b, i64 h, i64 t) {
+INLINE void prefetch_step(const Call *c, const void *d_out, i64 head, i64 t) {
     if (t < 0 || t >= c->time) return;
-    i64 position = (b * c->time + t) * c->heads + h, n = c->groups;
+    i64 position = (head / c->heads * c->time + t) * c->heads + head % c->heads, n = c->groups;
     prefetch_row(c->k, position * c->keys, c->keys, c->bf16);
     prefetch_row(c->a, position * c->keys, c->keys, c->bf16);
     prefetch_row(c->b, position * c->keys, c->keys, c->bf16);
@@ -68,8 +68,8 @@ INLINE void prefetch_step(const Call *c, const void *d_out, i64 b, i64 h, i64 t)
     if (c->decay) prefetch_row(c->g, c->decay == HEAD_DECAY ? position : position * c->keys, c->decay == HEAD_DECAY ? 1 : c->keys, 0);
 }
 
-static void load_rows(Rows *r, const Call *c, i64 b, i64 h, i64 start, i64 stop) {
-    i64 n = 0, width = r->stride;
+static void load_rows(Rows *r, const Call *c, i64 head, i64 start, i64 stop) {
+    i64 b = head / c->heads, h = head % c->heads, n = 0, width = r->stride;
     for (i64 t = start; t < stop; t++) {
         int code = c->codes ? c->codes[b * c->time + t] : CONTINUES;
         if (code == SKIPPED) continue;
@@ -143,55 +143,75 @@ INLINE void advance(float *to, const float *from, i64 stride, const float *e, co
     }
 }
 
-INLINE void forward_block(const Call *c, const float *initial, void *o, float *final, float *kept, i64 b, i64 h,
-                          i64 first, i64 n, const int W) {
-    i64 keys = c->keys, chunks = (c->time + CHUNK - 1) / CHUNK, stride = W * LANES, head = b * c->heads + h;
-    Rows r = new_rows(c);
-    float *s = scratch((PADDED(keys) + 4) * stride), *u = s + PADDED(keys) * stride, *next = u + stride;
-    float *v = next + stride, *out = v + stride;
-    if (initial) load_block(s, initial + head * keys * c->values + first, keys, c->values, n, stride);
-    for (i64 chunk = 0; chunk < chunks; chunk++) {
-        i64 start = chunk * CHUNK, stop = MIN(c->time, start + CHUNK);
-        if (kept) store_block(kept + (head * chunks + chunk) * keys * c->values + first, s, keys, c->values, n, stride);
-        load_rows(&r, c, b, h, start, stop);
-        read_state(u, r.b, s, stride, keys, W);
-        if (r.count < stop - start)
-            for (i64 t = start; t < stop; t++)
-                for (i64 j = 0; j < c->groups; j++)
-                    zero_row(o, (((b * c->time + t) * c->heads + h) * c->groups + j) * c->values + first, n, (int)c->bf16);
-        for (i64 p = 0; p < r.count; p++) {
-            i64 position = (b * c->time + r.step[p]) * c->heads + h, at = p * r.stride;
-            const float *q = r.q + at * c->groups;
-            prefetch_step(c, NULL, b, h, stop + p);
-            if (r.begins[p]) {
-                memset(s, 0, (size_t)(keys * stride) * 4);
-                memset(u, 0, (size_t)stride * 4);
-            }
-            load_row(v, c->v, position * c->values + first, n, (int)c->bf16);
-            advance(s, s, stride, r.e + at, r.a + at, r.k + at, u, v, q, out, r.b + at + r.stride, next, keys, W);
-            float *swap = u;
-            u = next, next = swap;
-            for (i64 j = 0; j < c->groups; j++) {
-                if (j) read_state(out, q + j * r.stride, s, stride, keys, W);
-                store_row(o, (position * c->groups + j) * c->values + first, out, n, (int)c->bf16);
-            }
+/* A chunk of steps of one block. Its state s goes on; `next` is the head whose steps from `next_start` on come after it. */
+INLINE void forward_block(const Call *c, const Rows *r, float *s, void *o, i64 head, i64 first, i64 n, i64 start, i64 stop,
+                          i64 next_head, i64 next_start, const int W) {
+    i64 b = head / c->heads, h = head % c->heads, keys = c->keys, stride = W * LANES;
+    float rows[4][WIDEST * LANES] __attribute__((aligned(64))) = {0}, *u = rows[0], *next = rows[1], *v = rows[2];
+    float *out = rows[3];
+    read_state(u, r->b, s, stride, keys, W);
+    for (i64 t = start; r->count < stop - start && t < stop; t++)
+        for (i64 j = 0; j < c->groups; j++)
+            zero_row(o, (((b * c->time + t) * c->heads + h) * c->groups + j) * c->values + first, n, (int)c->bf16);
+    for (i64 p = 0; p < r->count; p++) {
+        i64 position = (b * c->time + r->step[p]) * c->heads + h, at = p * r->stride;
+        const float *q = r->q + at * c->groups;
+        if (next_head != head || first == 0) prefetch_step(c, NULL, next_head, next_start + p);
+        if (r->begins[p]) {
+            memset(s, 0, (size_t)(keys * stride) * 4);
+            memset(u, 0, (size_t)stride * 4);
+        }
+        load_row(v, c->v, position * c->values + first, n, (int)c->bf16);
+        advance(s, s, stride, r->e + at, r->a + at, r->k + at, u, v, q, out, r->b + at + r->stride, next, keys, W);
+        float *swap = u;
+        u = next, next = swap;
+        for (i64 j = 0; j < c->groups; j++) {
+            if (j) read_state(out, q + j * r->stride, s, stride, keys, W);
+            store_row(o, (position * c->groups + j) * c->values + first, out, n, (int)c->bf16);
         }
     }
-    store_block(final + head * keys * c->values + first, s, keys, c->values, n, stride);
-    free(s);
+}
+
+/* Heads, or their blocks, that a thread takes through a chunk before the next chunk: their rows of a step are neighbours
+ * in memory. Their states must fit into the second-level cache. */
+static i64 group_size(i64 items, i64 threads) {
+    i64 rounds = (items + 8 * threads - 1) / (8 * threads);
+    return (items + threads * rounds - 1) / (threads * rounds);
+}
+
+static void forward_group(const Call *c, const float *initial, void *o, float *final, float *kept, i64 begin, i64 end) {
+    i64 block = block_width(c), blocks = (c->values + block - 1) / block, matrix = c->keys * c->values;
+    i64 size = c->keys * block, chunks = (c->time + CHUNK - 1) / CHUNK;
+    Rows r = new_rows(c);
+    float *states = scratch((end - begin) * size);
+    for (i64 chunk = 0; chunk <= chunks; chunk++)
+        for (i64 item = begin; item < end; item++) {
+            i64 head = item / blocks, first = item % blocks * block, n = MIN(block, c->values - first);
+            i64 stride = vectors(n) * LANES, start = chunk * CHUNK, stop = MIN(c->time, start + CHUNK);
+            float *s = states + (item - begin) * size;
+            if (chunk == 0 && initial) load_block(s, initial + head * matrix + first, c->keys, c->values, n, stride);
+            if (chunk == chunks) {
+                store_block(final + head * matrix + first, s, c->keys, c->values, n, stride);
+                continue;
+            }
+            if (kept)
+                store_block(kept + (head * chunks + chunk) * matrix + first, s, c->keys, c->values, n, stride);
+            if (item == begin || first == 0) load_rows(&r, c, head, start, stop);
+            i64 next_head = (item + 1 < end ? item + 1 : begin) / blocks, next_start = item + 1 < end ? start : stop;
+            if (stride == 64) forward_block(c, &r, s, o, head, first, n, start, stop, next_head, next_start, 4);
+            else if (stride == 32) forward_block(c, &r, s, o, head, first, n, start, stop, next_head, next_start, 2);
+            else forward_block(c, &r, s, o, head, first, n, start, stop, next_head, next_start, 1);
+        }
+    free(states);
     free(r.memory);
 }
 
 static void forward(const Call *c, const float *initial, void *o, float *final, float *kept) {
-    i64 block = block_width(c), blocks = (c->values + block - 1) / block;
+    i64 block = block_width(c), items = c->batch * c->heads * ((c->values + block - 1) / block);
+    i64 size = group_size(items, c->threads);
 #pragma omp parallel for num_threads(c->threads) schedule(static)
-    for (i64 task = 0; task < c->batch * c->heads * blocks; task++) {
-        i64 head = task / blocks, first = task % blocks * block, n = MIN(block, c->values - first);
-        i64 b = head / c->heads, h = head % c->heads;
-        if (vectors(n) == 4) forward_block(c, initial, o, final, kept, b, h, first, n, 4);
-        else if (vectors(n) == 2) forward_block(c, initial, o, final, kept, b, h, first, n, 2);
-        else forward_block(c, initial, o, final, kept, b, h, first, n, 1);
-    }
+    for (i64 begin = 0; begin < items; begin += size)
+        forward_group(c, initial, o, final, kept, begin, MIN(items, begin + size));
 }
 
 /* What backward has of one block of columns, beside the chunk's rows. v, d_out and the sums are rows of the chunk. */
@@ -255,8 +275,8 @@ INLINE void retreat(const Block *x, const Rows *r, const float *s, i64 p, i64 gr
 }
 
 INLINE void backward_block(const Call *c, const Block *x, const Rows *r, const float *kept, const void *d_out, void *dv,
-                           i64 b, i64 h, i64 start, const int W, const int grouped) {
-    i64 keys = c->keys, stride = W * LANES, size = r->stride * stride, n = r->count;
+                           i64 head, i64 next_head, i64 next_start, const int W, const int grouped) {
+    i64 b = head / c->heads, h = head % c->heads, keys = c->keys, stride = W * LANES, size = r->stride * stride, n = r->count;
     load_block(x->states, kept + x->first, keys, c->values, x->n, stride);
     read_state(x->u, r->b, x->states, stride, keys, W);
     for (i64 p = 0; p < n; p++) {
@@ -275,7 +295,7 @@ INLINE void backward_block(const Call *c, const Block *x, const Rows *r, const f
     memset(x->du + n * stride, 0, (size_t)stride * 4);
     for (i64 p = n; p >= 0; p--) {
         int begins = p < n && r->begins[p];
-        if (x->first == 0) prefetch_step(c, d_out, b, h, start - CHUNK + p);
+        if (x->first == 0) prefetch_step(c, d_out, next_head, next_start + p);
         if (begins) {
             memset(x->adjoint, 0, (size_t)size * 4);
             memset(x->du + p * stride, 0, (size_t)stride * 4);
@@ -293,14 +313,14 @@ INLINE void backward_block(const Call *c, const Block *x, const Rows *r, const f
 }
 
 static void backward_width(const Call *c, const Block *x, const Rows *r, const float *kept, const void *d_out, void *dv,
-                           i64 b, i64 h, i64 start) {
+                           i64 head, i64 next_head, i64 next_start) {
     int grouped = c->groups > 1;
-    if (x->stride == 64 && grouped) backward_block(c, x, r, kept, d_out, dv, b, h, start, 4, 1);
-    else if (x->stride == 64) backward_block(c, x, r, kept, d_out, dv, b, h, start, 4, 0);
-    else if (x->stride == 32 && grouped) backward_block(c, x, r, kept, d_out, dv, b, h, start, 2, 1);
-    else if (x->stride == 32) backward_block(c, x, r, kept, d_out, dv, b, h, start, 2, 0);
-    else if (grouped) backward_block(c, x, r, kept, d_out, dv, b, h, start, 1, 1);
-    else backward_block(c, x, r, kept, d_out, dv, b, h, start, 1, 0);
+    if (x->stride == 64 && grouped) backward_block(c, x, r, kept, d_out, dv, head, next_head, next_start, 4, 1);
+    else if (x->stride == 64) backward_block(c, x, r, kept, d_out, dv, head, next_head, next_start, 4, 0);
+    else if (x->stride == 32 && grouped) backward_block(c, x, r, kept, d_out, dv, head, next_head, next_start, 2, 1);
+    else if (x->stride == 32) backward_block(c, x, r, kept, d_out, dv, head, next_head, next_start, 2, 0);
+    else if (grouped) backward_block(c, x, r, kept, d_out, dv, head, next_head, next_start, 1, 1);
+    else backward_block(c, x, r, kept, d_out, dv, head, next_head, next_start, 1, 0);
 }
 
 typedef struct {
@@ -316,7 +336,6 @@ static i64 lay_block(Block *x, float *memory, const Call *c, i64 width) {
         i64 floats, ahead; /* ahead: floats before row 0 */
     } parts[] = {
         {&x->zeros, size, 0},
-        {&x->adjoint, size, 0},
         {&x->v, rows * stride, stride},
         {&x->u, rows * stride, stride},
         {&x->dv, rows * stride, stride},
@@ -337,7 +356,8 @@ static i64 lay_block(Block *x, float *memory, const Call *c, i64 width) {
 }
 
 /* Zeros for all steps of a chunk: those that are not there keep them. */
-static void clear_rows(const Call *c, const Gradients *to, i64 b, i64 h, i64 start, i64 stop) {
+static void clear_rows(const Call *c, const Gradients *to, i64 head, i64 start, i64 stop) {
+    i64 b = head / c->heads, h = head % c->heads;
     for (i64 t = start; t < stop; t++) {
         i64 position = (b * c->time + t) * c->heads + h;
         void *tensors[] = {to->dk, to->da, to->db};
@@ -350,8 +370,8 @@ static void clear_rows(const Call *c, const Gradients *to, i64 b, i64 h, i64 sta
 }
 
 /* Sums the blocks' parts, first block first, and writes the rows. */
-static void store_rows(const Call *c, const Gradients *to, const Rows *r, const Block *x, i64 blocks, i64 b, i64 h) {
-    i64 width = r->stride, keys = c->keys;
+static void store_rows(const Call *c, const Gradients *to, const Rows *r, const Block *x, i64 blocks, i64 head) {
+    i64 b = head / c->heads, h = head % c->heads, width = r->stride, keys = c->keys;
     int bf16 = (int)c->bf16;
     for (i64 i = 1; i < blocks; i++) {
         float *sums[] = {x->dk, x->da, x->db, x->dg, x->dq}, *parts[] = {x[i].dk, x[i].da, x[i].db, x[i].dg, x[i].dq};
@@ -380,37 +400,46 @@ static void store_rows(const Call *c, const Gradients *to, const Rows *r, const 
     }
 }
 
-static void backward_head(const Call *c, const Gradients *to, const float *kept, const void *d_out, const float *d_final,
-                          i64 head, int split) {
-    i64 b = head / c->heads, h = head % c->heads, chunks = (c->time + CHUNK - 1) / CHUNK, matrix = c->keys * c->values;
+static void backward_group(const Call *c, const Gradients *to, const float *kept, const void *d_out,
+                           const float *d_final, i64 begin, i64 end, int split) {
+    i64 chunks = (c->time + CHUNK - 1) / CHUNK, matrix = c->keys * c->values;
     i64 block = block_width(c), blocks = (c->values + block - 1) / block;
     Rows r = new_rows(c);
-    i64 states = (CHUNK + 1) * r.stride * block;
+    i64 size = r.stride * block, states = (CHUNK + 1) * size;
     Block x[blocks];
-    float *memory[blocks], *history = scratch(states * (split ? blocks : 1)); /* one after another they can share it */
+    float *memory[blocks], *adjoints = scratch((end - begin) * blocks * size);
+    float *history = scratch(states * (split ? blocks : 1)); /* one after another they can share it */
     for (i64 i = 0; i < blocks; i++) {
         x[i] = (Block){.first = i * block, .n = MIN(block, c->values - i * block)};
-        x[i].stride = vectors(x[i].n) * LANES;
+        x[i].stride = vectors(x[i].n) * LANES, x[i].states = history + (split ? i * states : 0);
         memory[i] = scratch(lay_block(&x[i], NULL, c, r.stride));
         lay_block(&x[i], memory[i], c, r.stride);
-        x[i].states = history + (split ? i * states : 0);
-        if (d_final) load_block(x[i].adjoint, d_final + head * matrix + i * block, c->keys, c->values, x[i].n, x[i].stride);
     }
-    for (i64 chunk = chunks - 1; chunk >= 0; chunk--) {
-        i64 start = chunk * CHUNK, stop = MIN(c->time, start + CHUNK);
-        load_rows(&r, c, b, h, start, stop);
-        if (r.count < stop - start) clear_rows(c, to, b, h, start, stop);
-        const float *edge = kept + (head * chunks + chunk) * matrix;
-        if (r.count) {
+    for (i64 chunk = chunks; chunk >= 0; chunk--)
+        for (i64 head = begin; head < end; head++) {
+            for (i64 i = 0; i < blocks; i++) {
+                x[i].adjoint = adjoints + ((head - begin) * blocks + i) * size;
+                i64 at = head * matrix + x[i].first;
+                if (chunk == chunks) load_block(x[i].adjoint, d_final + at, c->keys, c->values, x[i].n, x[i].stride);
+            }
+            if (chunk == chunks) continue;
+            i64 start = chunk * CHUNK, stop = MIN(c->time, start + CHUNK);
+            i64 next_head = head + 1 < end ? head + 1 : begin, next_start = head + 1 < end ? start : start - CHUNK;
+            load_rows(&r, c, head, start, stop);
+            if (r.count < stop - start) clear_rows(c, to, head, start, stop);
+            const float *edge = kept + (head * chunks + chunk) * matrix;
+            if (r.count) {
 #pragma omp parallel for num_threads(c->threads) schedule(static) if (split)
-            for (i64 i = 0; i < blocks; i++) backward_width(c, &x[i], &r, edge, d_out, to->dv, b, h, start);
+                for (i64 i = 0; i < blocks; i++)
+                    backward_width(c, &x[i], &r, edge, d_out, to->dv, head, next_head, next_start);
+            }
+            store_rows(c, to, &r, x, blocks, head);
+            for (i64 i = 0; i < blocks && chunk == 0; i++)
+                store_block(to->d_initial + head * matrix + x[i].first, x[i].adjoint, c->keys, c->values, x[i].n,
+                            x[i].stride);
         }
-        store_rows(c, to, &r, x, blocks, b, h);
-    }
-    for (i64 i = 0; i < blocks; i++) {
-        store_block(to->d_initial + head * matrix + i * block, x[i].adjoint, c->keys, c->values, x[i].n, x[i].stride);
-        free(memory[i]);
-    }
+    for (i64 i = 0; i < blocks; i++) free(memory[i]);
+    free(adjoints);
     free(history);
     free(r.memory);
 }
@@ -431,8 +460,10 @@ void delta_rule_backward(const void *q, const void *k, const void *v, const void
     Call c = {q, k, v, a, b, g, codes, batch, time, heads, groups, keys, values, decay, bf16, threads, scale};
     Gradients to = {dq, dk, dv, da, db, dg, d_initial};
     int split = batch * heads < threads;
+    i64 size = split ? 1 : group_size(batch * heads, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (!split)
-    for (i64 head = 0; head < batch * heads; head++) backward_head(&c, &to, kept, d_out, d_final, head, split);
+    for (i64 begin = 0; begin < batch * heads; begin += size)
+        backward_group(&c, &to, kept, d_out, d_final, begin, MIN(batch * heads, begin + size), split);
 }
 
 /* Key-wide row of a (B, heads, K) tensor as float32: itself, or a bfloat16 row converted into `room`. */
