@@ -1,12 +1,12 @@
 /* Short causal convolution on the CPU, forward and backward, and the one-token step.
  *
  * The work is bound by memory: forward reads x and writes y, backward reads x and dy and writes dx. Masks and documents
- * are taken out of the inner loops by a list of positions for each batch row: its valid steps in order, and W-1 positions
- * that hold zeros before each document but the first. Position p sees positions p-W+1 .. p; those before 0 are the
+ * are taken out of the inner loops by a list of positions for each batch row: its valid steps in order, and W-1
+ * positions that hold zeros before each document but the first. Position p sees positions p-W+1 .. p; those before 0 are the
  * initial state, the last W-1 are the final state. So the inner loops are plain convolutions over row pointers.
  *
- * One task is SEGMENT positions of a batch row and a block of channels, whatever the number of threads, and it goes TILE
- * positions at a time. With z = bias + sum_i weight_i x_{p-W+1+i}:
+ * One task is SEGMENT positions of a batch row and a block of channels, whatever the number of threads, and it goes
+ * TILE positions at a time. With z = bias + sum_i weight_i x_{p-W+1+i}:
  *     dz = dy act'(z)     dx_p = sum_i weight_i dz_{p+W-1-i}     dweight_i = sum_p dz_p x_{p-W+1+i}     dbias = sum_p dz_p
  * z is made again in backward. The sums over p run within a task in float32 and over the tasks, in order, in double.
  *
@@ -55,7 +55,7 @@ INLINE vf logistic(vf z) {
     return 1.0f / (1.0f + exp2v_within(selectv(x < low, low, x)));
 }
 
-/* Positions of a batch row: into `steps` (where not NULL) the step of each, -1 for one of zeros; returns their number. */
+/* Positions of a batch row: into `steps` (where not NULL) the step of each, -1 for one of zeros; returns how many. */
 static i64 list_positions(const uint8_t *codes, i64 time, i64 taps, i64 *steps) {
     i64 count = 0;
     for (i64 t = 0; t < time; t++) {
@@ -161,32 +161,26 @@ static void zero_skipped(const Conv *conv, const Part *part, i64 segment, i64 se
             zero_row(tensor, (part->b * conv->time + t) * conv->width + part->first, part->n, (int)conv->bf16);
 }
 
-/* z of `tile` positions in the LANES channels from c; inputs[j + i] is that of tap i for position j. */
-INLINE void convolve(const Conv *conv, const Part *part, const vf *inputs, i64 c, vf *z, const i64 taps, const i64 tile) {
+/* z of TILE positions in the LANES channels from c; inputs[j + i] is that of tap i for position j. */
+INLINE void convolve(const Conv *conv, const Part *part, const vf *inputs, i64 c, vf *z, const i64 taps) {
     vf bias = conv->bias ? loadv(conv->bias + part->first + c) : splat(0);
-    UNROLL
-    for (i64 j = 0; j < tile; j++) z[j] = bias;
-    UNROLL
-    for (i64 i = 0; i < taps; i++) {
+    UNROLL for (i64 j = 0; j < TILE; j++) z[j] = bias;
+    UNROLL for (i64 i = 0; i < taps; i++) {
         vf weight = loadv(conv->weight + i * conv->width + part->first + c);
-        UNROLL
-        for (i64 j = 0; j < tile; j++) z[j] += weight * inputs[j + i];
+        UNROLL for (i64 j = 0; j < TILE; j++) z[j] += weight * inputs[j + i];
     }
 }
 
 INLINE void forward_tile(const Conv *conv, const Part *part, const char *const *rows, char *const *to, const i64 taps,
-                         const i64 tile, const int bf16) {
+                         const int bf16) {
     for (i64 i = 0; i < part->n; i += LANES) {
         i64 c = MIN(i, part->n - LANES); /* the last vector begins early, so that there is no tail */
         vf z[TILE], inputs[TILE + MOST_TAPS - 1];
-        UNROLL
-        for (i64 m = 0; m < tile + taps - 1; m++) inputs[m] = conv_load(rows[m], c, bf16);
-        convolve(conv, part, inputs, c, z, taps, tile);
+        UNROLL for (i64 m = 0; m < TILE + taps - 1; m++) inputs[m] = conv_load(rows[m], c, bf16);
+        convolve(conv, part, inputs, c, z, taps);
         if (conv->silu)
-            UNROLL
-            for (i64 j = 0; j < tile; j++) z[j] *= logistic(z[j]);
-        UNROLL
-        for (i64 j = 0; j < tile; j++) conv_store(to[j], c, z[j], bf16, conv->stream);
+            UNROLL for (i64 j = 0; j < TILE; j++) z[j] *= logistic(z[j]);
+        UNROLL for (i64 j = 0; j < TILE; j++) conv_store(to[j], c, z[j], bf16, conv->stream);
     }
 }
 
@@ -203,8 +197,7 @@ INLINE void forward_task(const Conv *conv, i64 b, i64 segment, i64 block, char *
         char *to[TILE];
         for (i64 j = 0; j < TILE + kept; j++) rows[j] = input_at(conv, &part, p - kept + j);
         for (i64 j = 0; j < TILE; j++) to[j] = row_at(conv, &part, base, p + j, unused);
-        if (part.count == 1) forward_tile(conv, &part, rows, to, taps, 1, bf16);
-        else forward_tile(conv, &part, rows, to, taps, TILE, bf16);
+        forward_tile(conv, &part, rows, to, taps, bf16);
     }
     zero_skipped(conv, &part, segment, segments, y);
     if (segment == segments - 1) {
@@ -231,39 +224,29 @@ INLINE void backward_tile(const Conv *conv, const Part *part, const char *const 
         i64 c = MIN(i, part->n - LANES), kept = taps - 1;
         vf z[TILE], dz[TILE + MOST_TAPS - 1], inputs[TILE + MOST_TAPS - 1];
         vf dbias = loadv(sums + taps * walk->stride + i);
-        UNROLL
-        for (i64 m = 0; m < TILE + kept; m++) inputs[m] = conv_load(rows[m], c, bf16);
-        UNROLL
-        for (i64 m = 0; m < kept; m++) dz[m] = loadv(walk->before + m * walk->stride + i);
-        UNROLL
-        for (i64 j = 0; j < TILE; j++) dz[kept + j] = conv_load(dy[j], c, bf16);
+        UNROLL for (i64 m = 0; m < TILE + kept; m++) inputs[m] = conv_load(rows[m], c, bf16);
+        UNROLL for (i64 m = 0; m < kept; m++) dz[m] = loadv(walk->before + m * walk->stride + i);
+        UNROLL for (i64 j = 0; j < TILE; j++) dz[kept + j] = conv_load(dy[j], c, bf16);
         if (conv->silu) {
-            convolve(conv, part, inputs, c, z, taps, TILE);
-            UNROLL
-            for (i64 j = 0; j < TILE; j++) {
+            convolve(conv, part, inputs, c, z, taps);
+            UNROLL for (i64 j = 0; j < TILE; j++) {
                 vf s = logistic(z[j]);
                 dz[kept + j] *= s + z[j] * s * (1.0f - s);
             }
         }
-        UNROLL
-        for (i64 j = 0; j < TILE; j++) dbias += dz[kept + j];
+        UNROLL for (i64 j = 0; j < TILE; j++) dbias += dz[kept + j];
         storev(sums + taps * walk->stride + i, dbias);
-        UNROLL
-        for (i64 j = 0; j < TILE; j++) z[j] = dfinal ? conv_load(dfinal[j], c, bf16) : splat(0);
-        UNROLL
-        for (i64 tap = 0; tap < taps; tap++) {
+        UNROLL for (i64 j = 0; j < TILE; j++) z[j] = dfinal ? conv_load(dfinal[j], c, bf16) : splat(0);
+        UNROLL for (i64 tap = 0; tap < taps; tap++) {
             vf weight = loadv(conv->weight + tap * conv->width + part->first + c), sum = splat(0);
-            UNROLL
-            for (i64 j = 0; j < TILE; j++) {
+            UNROLL for (i64 j = 0; j < TILE; j++) {
                 z[j] += weight * dz[j + kept - tap];
                 sum += dz[kept + j] * inputs[j + tap];
             }
             storev(sums + tap * walk->stride + i, loadv(sums + tap * walk->stride + i) + sum);
         }
-        UNROLL
-        for (i64 j = 0; j < TILE; j++) conv_store(dx[j], c, z[j], bf16, conv->stream);
-        UNROLL
-        for (i64 m = 0; m < kept; m++) storev(walk->before + m * walk->stride + i, dz[TILE + m]);
+        UNROLL for (i64 j = 0; j < TILE; j++) conv_store(dx[j], c, z[j], bf16, conv->stream);
+        UNROLL for (i64 m = 0; m < kept; m++) storev(walk->before + m * walk->stride + i, dz[TILE + m]);
     }
 }
 
