@@ -182,6 +182,7 @@ def _numbers(q: Tensor, v: Tensor, g: Tensor | None, normalize: bool) -> tuple[i
 
 
 def _remember(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # or zeros as large as the kept states would be made for nothing
     q, k, v, g, bonus, initial, codes, scale, normalize, _ = inputs
     o, _, kept, denominators = output
     ctx.save_for_backward(q, k, v, g, bonus, codes, o, kept, denominators)
@@ -192,6 +193,9 @@ def _remember(ctx, inputs, output):
 
 
 def _gradients(ctx, do, dstate, *_):
+    o, kept = ctx.saved_tensors[6:8]
+    do = torch.zeros_like(o) if do is None else do
+    dstate = kept.new_zeros(*kept.shape[:2], *kept.shape[3:]) if dstate is None else dstate
     dq, dk, dv, dg, dbonus, dinitial = backward(*ctx.saved_tensors, do, dstate, *ctx.options)
     has_g, has_bonus = ctx.given
     return (

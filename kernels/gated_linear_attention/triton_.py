@@ -181,6 +181,7 @@ def _launch(
 
 
 def _remember(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # or zeros as large as the kept states would be made for nothing
     q, k, v, g, initial, codes, scale, late, _ = inputs
     ctx.save_for_backward(q, k, v, g, codes, output[2])
     ctx.options = scale, late
@@ -190,6 +191,9 @@ def _remember(ctx, inputs, output):
 
 
 def _gradients(ctx, do, dstate, _):
+    q, _, v, *_, kept = ctx.saved_tensors
+    do = q.new_zeros(*q.shape[:3], v.shape[3], dtype=torch.float32) if do is None else do
+    dstate = kept.new_zeros(*kept.shape[:2], *kept.shape[3:]) if dstate is None else dstate
     dq, dk, dv, dg, dinitial = backward(*ctx.saved_tensors, do, dstate, *ctx.options)
     initial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
     return dq, dk, dv, dg if ctx.given else None, initial, None, None, None, None
