@@ -3,6 +3,7 @@
     python scripts/bench_kernels.py --out bench            # the table; peers that are not installed are left out
     python scripts/bench_kernels.py --check                # and exit 1 where a figure is missed
 
+Memory that is freed is kept for the next call, for all contestants, as it is in training.
 `rnnzoo bench kernels` measures all backends over all lengths instead. Writes OUT/figures.md and OUT/figures.json.
 """
 
@@ -27,6 +28,7 @@ from rnnzoo.benchmarks.cases import CASES, Case, scan
 from rnnzoo.benchmarks.peers import DELTA, PEERS, PER_CHANNEL, PER_HEAD
 from rnnzoo.benchmarks.sweep import STATES, forward_backward, measure_step
 from rnnzoo.benchmarks.timing import Machine, measure_machine, seconds
+from rnnzoo.conversions.memory import keep_freed_memory
 
 CPU = "cpu"
 
@@ -158,6 +160,7 @@ def main(out: Path | None, budget: float, check: bool, memory_of: str | None) ->
         click.echo(extra_memory(memory_of))
         return
     started = time.monotonic()
+    keep_freed_memory()  # as in a conversion: else the time is that of the system, which zeroes fresh memory
     machine = measure_machine()
     figures: list[Figure] = []
     parts = (against_peers(budget), against_the_copy(machine, budget), by_length(budget), memory(), first_use())
