@@ -193,10 +193,11 @@ def _remember(ctx, inputs, output):
 
 
 def _gradients(ctx, do, dstate, *_):
-    o, kept = ctx.saved_tensors[6:8]
+    saved = ctx.saved_tensors
+    o, kept = saved[6:8]
     do = torch.zeros_like(o) if do is None else do
     dstate = kept.new_zeros(*kept.shape[:2], *kept.shape[3:]) if dstate is None else dstate
-    dq, dk, dv, dg, dbonus, dinitial = backward(*ctx.saved_tensors, do, dstate, *ctx.options)
+    dq, dk, dv, dg, dbonus, dinitial = backward(*saved, do, dstate, *ctx.options)
     has_g, has_bonus = ctx.given
     return (
         *(dq, dk, dv, dg if has_g else None, dbonus if has_bonus else None),

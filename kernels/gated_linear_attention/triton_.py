@@ -191,10 +191,10 @@ def _remember(ctx, inputs, output):
 
 
 def _gradients(ctx, do, dstate, _):
-    q, _, v, *_, kept = ctx.saved_tensors
+    q, _, v, *_, kept = saved = ctx.saved_tensors
     do = q.new_zeros(*q.shape[:3], v.shape[3], dtype=torch.float32) if do is None else do
     dstate = kept.new_zeros(*kept.shape[:2], *kept.shape[3:]) if dstate is None else dstate
-    dq, dk, dv, dg, dinitial = backward(*ctx.saved_tensors, do, dstate, *ctx.options)
+    dq, dk, dv, dg, dinitial = backward(*saved, do, dstate, *ctx.options)
     initial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
     return dq, dk, dv, dg if ctx.given else None, initial, None, None, None, None
 
