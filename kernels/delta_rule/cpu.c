@@ -450,6 +450,9 @@ void delta_rule_forward(const void *q, const void *k, const void *v, const void 
                         i64 time, i64 heads, i64 groups, i64 keys, i64 values, i64 decay, i64 bf16, i64 threads,
                         float scale) {
     Call c = {q, k, v, a, b, g, codes, batch, time, heads, groups, keys, values, decay, bf16, threads, scale};
+    i64 chunks = (time + CHUNK - 1) / CHUNK;
+    huge_pages(o, batch * time * heads * groups * values * (bf16 ? 2 : 4));
+    if (kept) huge_pages(kept, batch * heads * chunks * keys * values * 4);
     forward(&c, initial, o, final, kept);
 }
 
@@ -459,6 +462,12 @@ void delta_rule_backward(const void *q, const void *k, const void *v, const void
                          i64 heads, i64 groups, i64 keys, i64 values, i64 decay, i64 bf16, i64 threads, float scale) {
     Call c = {q, k, v, a, b, g, codes, batch, time, heads, groups, keys, values, decay, bf16, threads, scale};
     Gradients to = {dq, dk, dv, da, db, dg, d_initial};
+    i64 key_bytes = batch * time * heads * keys * (bf16 ? 2 : 4);
+    void *tensors[] = {dk, da, db};
+    for (int i = 0; i < 3; i++) huge_pages(tensors[i], key_bytes);
+    huge_pages(dq, groups * key_bytes);
+    huge_pages(dv, batch * time * heads * values * (bf16 ? 2 : 4));
+    if (decay == CHANNEL_DECAY) huge_pages(dg, batch * time * heads * keys * 4);
     int split = batch * heads < threads;
     i64 size = split ? 1 : group_size(batch * heads, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (!split)
