@@ -391,6 +391,9 @@ void gated_linear_attention_forward(const void *q, const void *k, const void *v,
     i64 columns = value + normalize;
     Call c = {q, k, v, g, bonus, codes, batch, time, heads, kv_heads, key, value, columns, PADDED(key), PADDED(columns),
               scale, (int)decay, (int)normalize, (int)bf16};
+    i64 chunks = (time + CHUNK - 1) / CHUNK;
+    huge_pages(o, batch * time * heads * value * (bf16 ? 2 : 4));
+    if (kept) huge_pages(kept, batch * kv_heads * chunks * key * columns * 4);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (i64 task = 0; task < batch * kv_heads; task++)
         forward_head(&c, initial, o, final, kept, denominators, task / kv_heads, task % kv_heads);
@@ -629,6 +632,10 @@ void gated_linear_attention_backward(const void *q, const void *k, const void *v
     Call c = {q, k, v, g, bonus, codes, batch, time, heads, kv_heads, key, value, columns, PADDED(key), PADDED(columns),
               scale, (int)decay, (int)normalize, (int)bf16};
     Gradients to = {dq, dk, dv, dg, dbonus, dinitial, o, dout, kept, denominators, dfinal};
+    i64 steps = batch * time, bytes = bf16 ? 2 : 4;
+    huge_pages(dq, steps * heads * key * bytes), huge_pages(dk, steps * kv_heads * key * bytes);
+    huge_pages(dv, steps * kv_heads * value * bytes);
+    if (decay == PER_CHANNEL) huge_pages(dg, steps * kv_heads * key * 4);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (i64 task = 0; task < batch * kv_heads; task++) backward_head(&c, &to, task / kv_heads, task % kv_heads);
 }
