@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor
 
 from ...kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
@@ -28,7 +30,8 @@ def linear_attention(
     if ctx.in_place and state is not None:
         g = None if g is None else (g if g.ndim == 1 else g[:, 0])
         return gated_linear_attention_step(q[:, 0], k[:, 0], v[:, 0], g, state, **options)[:, None], state
-    return gated_linear_attention(q, k, v, g, **options, initial_state=state, seq_ids=ctx.seq_ids, mask=ctx.mask)
+    o, after = gated_linear_attention(q, k, v, g, **options, initial_state=state, seq_ids=ctx.seq_ids, mask=ctx.mask)
+    return o, cast(Tensor, after)
 
 
 def convolve(

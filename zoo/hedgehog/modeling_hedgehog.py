@@ -194,8 +194,8 @@ class HedgehogMixer(Mixer):
         log_decay = self.log_decay.clamp(max=0)
         alone = q.shape[1] == 1 and ctx.mask is None and ctx.seq_ids is None
         if state is not None and alone and not torch.is_grad_enabled():
-            state = state if ctx.in_place else state.map(Tensor.clone)
-            memory = state.window if isinstance(state, HedgehogState) else state
+            after = state if ctx.in_place else state.map(Tensor.clone)
+            memory = after.window if isinstance(after, HedgehogState) else after
             o = window_step(
                 self._query_features(q if self.prototypes else turned_q)[:, 0],
                 turned_q[:, 0],
@@ -210,7 +210,7 @@ class HedgehogMixer(Mixer):
                 factor=factor,
                 anchor=anchor,
             )
-            return self.proj.o_proj(o.flatten(1).to(q.dtype)[:, None]), state
+            return self.proj.o_proj(o.flatten(1).to(q.dtype)[:, None]), after
         if self.bits is not None:
             turned_k, v = quantise(turned_k, self.bits[0]), quantise(v, self.bits[1])
             k = ctx.rotary.unrotate(turned_k, ctx.positions) if self.prototypes else k

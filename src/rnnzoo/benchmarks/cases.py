@@ -19,7 +19,7 @@ from ..kernels.softmax_scan import SoftmaxState, softmax_scan, softmax_scan_step
 
 __all__ = ["CASES", "Case", "scan"]
 
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]  # tensors by argument name
 
 
 @dataclass(frozen=True)
