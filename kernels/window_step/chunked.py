@@ -30,7 +30,8 @@ def window_step(
     """See `kernels.window_step`."""
     dtype = state.s.dtype
     k, v = _as_kept(k, state.ring_k), _as_kept(v, state.ring_v)
-    q, near, far, new_k, new_v = (None if x is None else x[:, None].to(dtype) for x in (q, near, far, k, v))
+    q, near, new_k, new_v = (x[:, None].to(dtype) for x in (q, near, k, v))
+    far = None if far is None else far[:, None].to(dtype)
     features = q.new_zeros(*new_k.shape[:3], q.shape[-1])  # of the new token: they count when it leaves the window
     rings = (_read(ring, dtype) for ring in (state.ring_k, state.ring_v, state.sink_k, state.sink_v))
     window = Window(near, new_k, lengths, sinks, far, factor=factor, anchor=anchor, ring_features=leaving)
@@ -45,6 +46,7 @@ def window_step(
         for stored, sunk, new in zip(_parts(ring), _parts(sink_ring), _new_parts(ring, x), strict=True):
             stored[rows, slots] = new
             sunk[batch, :, sink] = new[batch]
+    assert isinstance(after, WindowState)
     state.s.copy_(after.s)
     state.count.copy_(after.count)
     return o[:, 0]

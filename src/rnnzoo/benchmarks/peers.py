@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ def _modeling(name: str) -> Any:
 
 def _torch_only(function: Any) -> Any:
     """transformers' own code, where it would take another package's kernel for the function."""
-    return getattr(function, "__wrapped__", function)
+    return inspect.unwrap(function)
 
 
 def _mamba(mambapy: bool) -> Callable[[], Callable[[Inputs], Tensor]]:
