@@ -28,9 +28,13 @@ def interpreted() -> bool:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def problem() -> str | None:
     """Why Triton kernels cannot run on this machine; None where they can."""
+    return _problem()
+
+
+@functools.cache
+def _problem() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'rnnzoo[gpu]')"
     if not interpreted() and not torch.cuda.is_available():

@@ -11,4 +11,6 @@ prepare dev
 cd "$RNNZOO_ROOT"
 # No test needs the Hub; without this each look-up would wait for a network that may not be there.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec python -m pytest "$@"
+# A process for each core, each with one thread: most tests are many small calls.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec python -m pytest -n "${RNNZOO_TEST_PROCESSES:-auto}" "$@"

@@ -16,8 +16,19 @@ from rnnzoo.kernels.dispatch import backends
 
 from .recurrences import Recurrence, Shape, assert_close, cases, cast, cut, inputs_of, random_steps, rounded, run
 
-CASES = [pytest.param(*case, id="-".join(filter(None, (case[0].name, *case[1:])))) for case in cases()]
-every_case = pytest.mark.parametrize(("recurrence", "backend", "variant"), CASES)
+
+def parameters(interpreted_variants_are_slow: bool) -> list:
+    """Every case; Triton's interpreter takes seconds for a call, so there the default suite tries one variant."""
+    found = []
+    for recurrence, backend, variant in cases():
+        slow = interpreted_variants_are_slow and backend == "triton" and variant != recurrence.variants[0]
+        name = "-".join(filter(None, (recurrence.name, backend, variant)))
+        found.append(pytest.param(recurrence, backend, variant, id=name, marks=[pytest.mark.slow] if slow else []))
+    return found
+
+
+every_case = pytest.mark.parametrize(("recurrence", "backend", "variant"), parameters(True))
+truly_every_case = pytest.mark.parametrize(("recurrence", "backend", "variant"), parameters(False))
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -31,24 +42,25 @@ def dtypes_of(backend: str) -> list[torch.dtype]:
     return [torch.float64, torch.float32] if backend == "chunked" else [torch.float32, torch.bfloat16]
 
 
-def shapes_for(recurrence: Recurrence, backend: str) -> st.SearchStrategy[Shape]:
+def shapes_for(recurrence: Recurrence, backend: str, thorough: bool) -> st.SearchStrategy[Shape]:
+    times, batches, heads, widths = [1, 2, 63, 65, 130], [1, 3], [1, 9], [24, 60, 64, 128]
     if backend == "triton":
-        widths = [width for width in (24, 60, 64, 128) if width <= recurrence.small[0]]
-        times, batches, heads = [1, 63, 65], [1, 2], [1, recurrence.small[1]]
-    else:
-        times, batches, heads, widths = [1, 2, 63, 65, 130], [1, 3], [1, 9], [24, 60, 64, 128]
+        widths = [width for width in widths if width <= recurrence.small[0]] if thorough else [24]
+        times, batches, heads = [1, 63, 65] if thorough else [35], [1, 2], [1, recurrence.small[1]]
     sampled = st.sampled_from
     return st.builds(Shape, sampled(batches), sampled(times), sampled(heads), sampled(widths))
 
 
-@every_case
-def test_it_equals_the_loop(recurrence, backend, variant):
+@pytest.mark.parametrize("examples", [pytest.param(6, id=""), pytest.param(30, id="many", marks=pytest.mark.slow)])
+@truly_every_case
+def test_it_equals_the_loop(recurrence, backend, variant, examples):
     skip_if_unavailable(recurrence, backend)
+    thorough = examples > 6
 
-    @settings(derandomize=True, deadline=None, max_examples=4 if backend == "triton" else 10)
+    @settings(derandomize=True, deadline=None, max_examples=examples // 3 if backend == "triton" else examples)
     @given(
         seed=st.integers(0, 1000),
-        shape=shapes_for(recurrence, backend),
+        shape=shapes_for(recurrence, backend, thorough),
         dtype=st.sampled_from(dtypes_of(backend)),
         packed=st.sampled_from([0.0, 0.05, 0.5]),
         masked=st.sampled_from([0.0, 0.3]),
@@ -166,12 +178,13 @@ def test_strong_decay_and_none_are_exact(recurrence, backend, variant):
         assert_close(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize("steps", [5000, pytest.param(100_000, marks=pytest.mark.slow)])
 @every_case
-def test_a_hundred_thousand_steps_stay_accurate(recurrence, backend, variant):
+def test_a_hundred_thousand_steps_stay_accurate(recurrence, backend, variant, steps):
     if backend != "cpu":
         pytest.skip("the compiled backends; interpreted ones take minutes")
     skip_if_unavailable(recurrence, backend)
-    inputs = inputs_of(recurrence, Shape(1, 100_000, 1, 8), variant, 0)
+    inputs = inputs_of(recurrence, Shape(1, steps, 1, 8), variant, 0)
     expected = run(recurrence, rounded(recurrence, inputs, torch.float32), variant, "chunked")
     found = run(recurrence, cast(recurrence, inputs, torch.float32), variant, backend)
     assert_close(found, expected, 1e-5)
