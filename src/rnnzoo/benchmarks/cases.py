@@ -17,7 +17,7 @@ from ..kernels.selective_scan import selective_scan, selective_scan_step
 from ..kernels.short_conv import short_conv, short_conv_step
 from ..kernels.softmax_scan import SoftmaxState, softmax_scan, softmax_scan_step
 
-__all__ = ["CASES", "Case", "scan"]
+__all__ = ["CASES", "STEP_CASES", "Case", "scan"]
 
 Inputs = dict[str, Any]  # tensors by argument name
 
@@ -199,3 +199,14 @@ CASES: tuple[Callable[..., Case], ...] = (
     _softmax,
     _conv,
 )
+
+STEP_CASES: tuple[Callable[..., Case], ...] = (
+    lambda: scan(channels=36_864),
+    lambda: _attention("per head"),
+    lambda: _attention("per channel"),
+    lambda: _delta(heads=9),
+    lambda: _selective(channels=2304),
+    lambda: _softmax(channels=12_288),
+    lambda: _conv(channels=12_288),
+)
+"""The same for decoding: as many numbers in the state of a layer as 9 heads of 64 x 64 have."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..kernels.dispatch import backends
-from .cases import CASES, Case
+from .cases import CASES, STEP_CASES, Case
 from .peers import PEERS
 from .timing import Machine, seconds
 
@@ -73,7 +73,7 @@ def sweep(
         longest_call: a length is left out where the length before it lets expect a call of more seconds.
         report: told what is left out, and why.
     """
-    for case in (make() for make in CASES):
+    for case, decoding in ((make(), make_step()) for make, make_step in zip(CASES, STEP_CASES, strict=True)):
         if only is not None and case.operation not in only:
             continue
         contestants = dict(_contestants(case, device, report))
@@ -81,7 +81,7 @@ def sweep(
             if mode == "step":
                 for status in backends(f"{case.operation}_step"):
                     if status.reason is None and status.backend != "reference":
-                        yield measure_step(case, status.backend, machine, device, dtype, budget)
+                        yield measure_step(decoding, status.backend, machine, device, dtype, budget)
                 continue
             for name, (function, longest) in contestants.items():
                 expected = 0.0
