@@ -13,6 +13,8 @@ from .state import SoftmaxState
 
 CHUNK = 16  # as in cpu.c
 
+STEP_PARALLEL = 4096  # a step of fewer channels is over before other threads have woken up
+
 
 def softmax_scan(
     *,
@@ -148,6 +150,7 @@ def softmax_scan_step(
     batch, heads, scores = k.shape
     pointers = [x.data_ptr() for x in state]
     parameters = [None if x is None else x.data_ptr() for x in (decay, bonus)]
-    sizes = batch, 1, heads * scores, v.shape[2] // scores, 1, v.dtype == torch.bfloat16
+    threads = 1 if v.numel() < STEP_PARALLEL else torch.get_num_threads()
+    sizes = batch, 1, heads * scores, v.shape[2] // scores, threads, v.dtype == torch.bfloat16
     _step(k.data_ptr(), v.data_ptr(), *parameters, *pointers, None, out.data_ptr(), *pointers, None, *sizes)
     return out if out.dtype == dtype else out.to(dtype)
