@@ -50,7 +50,7 @@ install_rnnzoo() { # extras, comma-separated
 prepare() { # extras, comma-separated
     local venv="$RNNZOO_ROOT/.venv" python
     # A checkout that was moved leaves a .venv whose scripts point to the old place; an interrupted one has no pip.
-    if ! grep -qsF "VIRTUAL_ENV=$venv" <(tr -d "\"'" <"$venv/bin/activate" 2>/dev/null) || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    if ! grep -qsF "VIRTUAL_ENV=$venv" <(tr -d "\"'" 2>/dev/null <"$venv/bin/activate") || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         python=$(find_python)
         "$python" -m venv --clear "$venv"
     fi

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import gpu, native
+from ..checks import check_steps, expect
 from ..dispatch import dispatch, register
 from ..errors import RnnzooError, ShapeError
 from .state import Window, WindowState, ring_positions, ring_slots, state_dtype
@@ -222,14 +223,6 @@ def gated_linear_attention_step(
     return dispatch("gated_linear_attention_step", call, backend)
 
 
-def _expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ShapeError(f"{name} is a {type(tensor).__name__}; expected a tensor of shape {shapes[0]}.")
-    if tuple(tensor.shape) not in shapes:
-        expected = " or ".join(str(shape) for shape in shapes)
-        raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}.")
-
-
 def _check(q, k, v, g, bonus, normalize, window, initial_state, seq_ids, mask) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
@@ -240,31 +233,24 @@ def _check(q, k, v, g, bonus, normalize, window, initial_state, seq_ids, mask) -
         raise ShapeError(f"q has shape {tuple(q.shape)}; expected at least one time step.")
     if kv_heads == 0 or heads % kv_heads:
         raise ShapeError(f"q has {heads} heads and v has {kv_heads}; expected q's to be a multiple of v's.")
-    _expect("k", k, (batch, time, kv_heads, width))
-    _expect("v", v, (batch, time, kv_heads, value_width))
+    expect("k", k, (batch, time, kv_heads, width))
+    expect("v", v, (batch, time, kv_heads, value_width))
     if g is not None:
         constant = (kv_heads,)
         if window is not None:
             if tuple(g.shape) != constant:
                 raise ShapeError(f"g has shape {tuple(g.shape)}; with a window expected a constant decay {constant}.")
         else:
-            _expect("g", g, (batch, time, kv_heads, width), (batch, time, kv_heads, 1), constant)
+            expect("g", g, (batch, time, kv_heads, width), (batch, time, kv_heads, 1), constant)
     if bonus is not None:
         if normalize or window is not None:
             raise RnnzooError("bonus cannot be combined with normalize or window; leave one of them out.")
-        _expect("bonus", bonus, (heads, width))
-    if seq_ids is not None:
-        _expect("seq_ids", seq_ids, (batch, time))
-        if seq_ids.is_floating_point() or seq_ids.dtype == torch.bool:
-            raise ShapeError(f"seq_ids has dtype {seq_ids.dtype}; expected integers.")
-    if mask is not None:
-        _expect("mask", mask, (batch, time))
-        if mask.dtype != torch.bool:
-            raise ShapeError(f"mask has dtype {mask.dtype}; expected torch.bool (True: a real token).")
+        expect("bonus", bonus, (heads, width))
+    check_steps(seq_ids, mask, batch, time)
     if window is not None:
         _check_window(q, v, window, initial_state)
     elif initial_state is not None:
-        _expect("initial_state", initial_state, (batch, kv_heads, width, value_width + int(normalize)))
+        expect("initial_state", initial_state, (batch, kv_heads, width, value_width + int(normalize)))
 
 
 def _check_window(q: Tensor, v: Tensor, window: Window, state: Tensor | WindowState | None) -> None:
@@ -280,23 +266,23 @@ def _check_window(q: Tensor, v: Tensor, window: Window, state: Tensor | WindowSt
         raise ShapeError(f"window.sinks is {window.sinks}; expected 0 or more.")
     if window.anchor not in ("absolute", "max"):
         raise RnnzooError(f"window.anchor is {window.anchor!r}; expected 'absolute' or 'max'.")
-    _expect("window.q", window.q, (batch, time, heads, key_width))
-    _expect("window.k", window.k, (batch, time, kv_heads, key_width))
+    expect("window.q", window.q, (batch, time, heads, key_width))
+    expect("window.k", window.k, (batch, time, kv_heads, key_width))
     if window.q_sink is not None:
-        _expect("window.q_sink", window.q_sink, (batch, time, heads, key_width))
+        expect("window.q_sink", window.q_sink, (batch, time, heads, key_width))
     if window.factor is not None:
-        _expect("window.factor", window.factor, (heads,))
+        expect("window.factor", window.factor, (heads,))
     if state is None:
         return
     if not isinstance(state, WindowState):
         raise ShapeError(f"initial_state is a {type(state).__name__}; with a window expected a WindowState.")
     rows = sum(lengths)
-    _expect("initial_state.s", state.s, (batch, kv_heads, width, value_width + 1))
-    _expect("initial_state.ring_k", state.ring_k, (batch, rows, key_width))
-    _expect("initial_state.ring_v", state.ring_v, (batch, rows, value_width))
-    _expect("initial_state.sink_k", state.sink_k, (batch, kv_heads, window.sinks, key_width))
-    _expect("initial_state.sink_v", state.sink_v, (batch, kv_heads, window.sinks, value_width))
-    _expect("initial_state.count", state.count, (batch,))
+    expect("initial_state.s", state.s, (batch, kv_heads, width, value_width + 1))
+    expect("initial_state.ring_k", state.ring_k, (batch, rows, key_width))
+    expect("initial_state.ring_v", state.ring_v, (batch, rows, value_width))
+    expect("initial_state.sink_k", state.sink_k, (batch, kv_heads, window.sinks, key_width))
+    expect("initial_state.sink_v", state.sink_v, (batch, kv_heads, window.sinks, value_width))
+    expect("initial_state.count", state.count, (batch,))
     if width > 0:
         if window.ring_features is None:
             raise ShapeError(
@@ -304,4 +290,4 @@ def _check_window(q: Tensor, v: Tensor, window: Window, state: Tensor | WindowSt
                 f"{(batch, rows, width)} of its ring rows."
             )
         if time > 1 or window.ring_features.shape != (batch, kv_heads, width):
-            _expect("window.ring_features", window.ring_features, (batch, rows, width))
+            expect("window.ring_features", window.ring_features, (batch, rows, width))
