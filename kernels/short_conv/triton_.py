@@ -181,12 +181,31 @@ def _backward_kernel(
             tl.store(dstate + place, early.to(dstate.dtype.element_ty), mask=d < channels)
 
 
-def _launch(kernel: str, x: Tensor, weight: Tensor, bias, ages, silu: bool):
-    """Options of a launch, its grid, and the number of blocks of steps in a batch row."""
-    batch, time, channels = x.shape
-    steps = 16 if time <= 16 else 64 if kernel == "forward" else 32
+# What RNNZOO_AUTOTUNE=1 tries beside the rule.
+CANDIDATES = [
+    {"STEPS": steps, "WIDTH": width, "num_warps": warps}
+    for steps in (16, 32, 64, 128)
+    for width in (32, 64, 128)
+    for warps in (2, 4, 8)
+]
+
+
+def _launch(kernel: str, x: Tensor, weight: Tensor, bias, ages, silu: bool, run=None):
+    """Options of a launch, its grid, and the number of blocks of steps in a batch row.
+
+    Args:
+        run: launches the kernel with (options, grid, blocks), for tuning.
+    """
+    channels, taps = weight.shape
+    steps = 16 if x.shape[1] <= 16 else 64 if kernel == "forward" else 32
     rule = {"STEPS": steps, "WIDTH": min(64, triton.next_power_of_2(channels)), "num_warps": 4}
-    sizes = tuned(f"short_conv {kernel}", (channels, weight.shape[1], str(x.dtype)), rule)
+    try_sizes = None if run is None else lambda sizes: run(*_geometry(x, weight, bias, ages, silu, sizes))
+    sizes = tuned(f"short_conv {kernel}", (channels, taps, str(x.dtype)), rule, CANDIDATES, try_sizes)
+    return _geometry(x, weight, bias, ages, silu, sizes)
+
+
+def _geometry(x: Tensor, weight: Tensor, bias, ages, silu: bool, sizes: dict[str, int]):
+    batch, time, channels = x.shape
     blocks = triton.cdiv(time, sizes["STEPS"])
     options = {"TAPS": weight.shape[1], "SILU": silu, "HAS_BIAS": bias is not None, "HAS_AGES": ages is not None}
     return {**options, **sizes}, (batch * blocks, triton.cdiv(channels, sizes["WIDTH"])), blocks
@@ -203,8 +222,12 @@ def _ready(x, weight, bias, state, ages):
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ages: Tensor | None, silu: bool) -> Tensor:
     """y (B, T, D)."""
     y = _empty_output(x, weight, bias, state, ages, silu)
-    options, grid, blocks = _launch("forward", x, weight, bias, ages, silu)
-    _forward_kernel[grid](*_ready(x, weight, bias, state, ages), y, *x.shape[1:], blocks, **options)
+    ready = _ready(x, weight, bias, state, ages)
+
+    def run(options, grid, blocks) -> None:
+        _forward_kernel[grid](*ready, y, *x.shape[1:], blocks, **options)
+
+    run(*_launch("forward", x, weight, bias, ages, silu, run))
     return y
 
 
