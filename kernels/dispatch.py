@@ -31,7 +31,7 @@ import torch
 
 from .errors import RnnzooError
 
-__all__ = ["BackendStatus", "backends", "dispatch", "explain", "register", "use_backend"]
+__all__ = ["BackendStatus", "backends", "dispatch", "dispatch_alike", "explain", "register", "use_backend"]
 
 logger = logging.getLogger("rnnzoo.kernels")
 
@@ -73,6 +73,7 @@ class BackendStatus:
 
 
 _REGISTRY: dict[str, dict[str, Backend]] = {}
+_ALIKE: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
 
 def register(
@@ -123,6 +124,20 @@ def dispatch(operation: str, call: dict[str, Any], backend: str | None = None) -
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return function(**call)
+    return function(**call)
+
+
+def dispatch_alike(operation: str, call: dict[str, Any], alike: tuple[Any, ...], backend: str | None = None) -> Any:
+    """`dispatch` for calls that are shorter than a choice: it is made once for all calls with the same `alike`.
+
+    Args:
+        alike: hashable, everything that the backends' `supports` look at (dtypes, devices, contiguity).
+    """
+    if backend is not None or _chosen is not None or ENVIRONMENT_VARIABLE in os.environ:
+        return dispatch(operation, call, backend)
+    function = _ALIKE.get((operation, alike))
+    if function is None:
+        function = _ALIKE[operation, alike] = select(operation, call).load()
     return function(**call)
 
 

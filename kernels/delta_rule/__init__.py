@@ -21,21 +21,15 @@ Linear 2025 (KDA), Peng et al. 2025 (RWKV-7).
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from .. import dispatch as choice
 from .. import gpu, native
 from ..checks import check_steps, expect, expect_ndim
-from ..dispatch import register
+from ..dispatch import dispatch, dispatch_alike, register
 from ..errors import ShapeError
 
 __all__ = ["delta_rule", "delta_rule_step"]
-
-_steps: dict[tuple, Callable[..., Tensor]] = {}
 
 
 def _triton():
@@ -153,7 +147,7 @@ def delta_rule(
     call = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g}
     call |= {"scale": keys**-0.5 if scale is None else scale}
     call |= {"initial_state": initial_state, "seq_ids": seq_ids, "mask": mask}
-    return choice.dispatch("delta_rule", call, backend)
+    return dispatch("delta_rule", call, backend)
 
 
 def delta_rule_step(
@@ -185,11 +179,5 @@ def delta_rule_step(
         raise ShapeError(f"{shapes} and g do not fit the state {tuple(state.shape)} (batch, heads, K, V).")
     call = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g, "state": state}
     call["scale"] = keys**-0.5 if scale is None else scale
-    # Choosing a backend takes longer than the step itself, so without anybody's wish it is done once for calls alike.
-    if backend is not None or choice._chosen is not None or choice.ENVIRONMENT_VARIABLE in os.environ:
-        return choice.dispatch("delta_rule_step", call, backend)
     alike = (q.dtype, k.dtype, v.dtype, a.dtype, b.dtype, state.dtype, state.device, state.is_contiguous())
-    step = _steps.get(alike)
-    if step is None:
-        step = _steps[alike] = choice.select("delta_rule_step", call).load()
-    return step(**call)
+    return dispatch_alike("delta_rule_step", call, alike, backend)

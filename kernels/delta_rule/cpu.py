@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
+from ..operators import contiguous, needs_gradient
 from ..steps import step_codes
 from .shapes import empty_gradients, empty_outputs, gradients, remember, same_dtype
 
@@ -33,7 +34,7 @@ def delta_rule(
     q, k, v, a, b = same_dtype(q, k, v, a, b)
     g = None if g is None else g.to(torch.float32)
     inputs = (q, k, v, a, b, g, initial_state)
-    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    needed = needs_gradient(*inputs)
     o, state, _ = forward(*inputs, step_codes(seq_ids, mask), scale, needed)
     return o.to(output_dtype), state
 
@@ -54,7 +55,7 @@ def forward(
     """(o, final state, states before each chunk: what backward needs; empty unless `keep`)."""
     o, state, kept = empty_outputs(q, k, v, a, b, g, initial, codes, scale, keep)
     initial = None if initial is None else initial.to(torch.float32)
-    tensors = [None if x is None else x.contiguous() for x in (q, k, v, a, b, g, initial, codes)]
+    tensors = contiguous(q, k, v, a, b, g, initial, codes)
     function("delta_rule", "delta_rule_forward", "p" * 11 + "i" * 9 + "f")(
         *(pointer(x) for x in (*tensors, o, state, kept if keep else None)), *_sizes(q, v, g), scale
     )
@@ -77,7 +78,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, a, b, g (empty without one) and the initial state."""
     found = empty_gradients(q, k, v, a, b, g, codes, kept, d_out, d_state, scale)
-    tensors = [None if x is None else x.contiguous() for x in (q, k, v, a, b, g, codes, kept, d_out, d_state)]
+    tensors = contiguous(q, k, v, a, b, g, codes, kept, d_out, d_state)
     function("delta_rule", "delta_rule_backward", "p" * 17 + "i" * 9 + "f")(
         *(pointer(x) for x in (*tensors, *found)), *_sizes(q, v, g), scale
     )

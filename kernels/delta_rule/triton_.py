@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operators import contiguous, needs_gradient
 from ..steps import step_codes
 from .shapes import CHUNK, empty_gradients, empty_outputs, gradients, remember, same_dtype
 
@@ -163,7 +164,7 @@ def delta_rule(
     q, k, v, a, b = same_dtype(q, k, v, a, b)
     g = None if g is None else g.to(torch.float32)
     inputs = (q, k, v, a, b, g, initial_state)
-    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    needed = needs_gradient(*inputs)
     o, state, _ = forward(*inputs, step_codes(seq_ids, mask), scale, needed)
     return o.to(output_dtype), state
 
@@ -196,7 +197,7 @@ def forward(
     batch, time, heads, values = v.shape
     rows, columns = _blocks(q.shape[-1], values, 2048)
     initial = None if initial is None else initial.to(torch.float32)
-    tensors = [None if x is None else x.contiguous() for x in (q, k, v, a, b, g, initial, codes)]
+    tensors = contiguous(q, k, v, a, b, g, initial, codes)
     flags = (initial is not None, codes is not None, keep, _decay(g), q.shape[2] // heads, CHUNK, rows, columns)
     with torch.cuda.device_of(v):
         forward_kernel[(batch * heads, triton.cdiv(values, columns))](
@@ -227,7 +228,7 @@ def backward(
     sums = [dq, dk, da, db, dg]
     parts = sums if blocks == 1 else [x.new_empty(blocks, *x.shape, dtype=torch.float32) for x in sums]
     scratch = kept.new_empty(batch * heads * blocks * CHUNK * rows * columns)
-    tensors = [None if x is None else x.contiguous() for x in (q, k, v, a, b, g, codes, kept, d_out, d_state)]
+    tensors = contiguous(q, k, v, a, b, g, codes, kept, d_out, d_state)
     flags = (codes is not None, _decay(g), q.shape[2] // heads, CHUNK, rows, columns)
     with torch.cuda.device_of(v):
         backward_kernel[(batch * heads, blocks)](

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
+from ..operators import needs_gradient
 from ..steps import step_codes
 
 CHUNK = 64  # as in cpu.c
@@ -36,7 +37,7 @@ def gated_linear_attention(
         q, k, v = (x.to(torch.float32) for x in (q, k, v))
     g, bonus = (None if x is None else x.to(torch.float32) for x in (g, bonus))
     inputs = (q, k, v, g, bonus, initial_state)
-    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    needed = needs_gradient(*inputs)
     codes = step_codes(seq_ids, mask)
     o, state, _, _ = forward(*inputs, codes, float(scale), normalize, needed)
     return o.to(output_dtype), state

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from ..gpu import interpreted
+from ..operators import needs_gradient
 from ..steps import step_codes
 from .linear_part import divide
 from .triton_kernels import CHUNK, KEPT, backward_kernel, forward_kernel
@@ -38,7 +39,7 @@ def gated_linear_attention(
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     inputs = (q, k, v, g, initial_state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, bonus))
+    keep = needs_gradient(*inputs, bonus)
     o, state, _ = forward(*inputs, step_codes(seq_ids, mask), float(scale), bonus is not None, keep)
     if bonus is not None:
         o = o + _current(q, k, v, bonus, scale, mask)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
+from ..operators import needs_gradient
 from ..steps import step_codes
-
-CHUNK = 32  # as in cpu.c
+from .operators import empty_gradients, empty_outputs, register_autograd
 
 
 def linear_scan(
@@ -20,7 +20,7 @@ def linear_scan(
     output_dtype = x.dtype
     if a.dtype != x.dtype:
         a, x = a.to(torch.float32), x.to(torch.float32)
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, x, initial_state))
+    needed = needs_gradient(a, x, initial_state)
     h, state, _ = forward(a, x, initial_state, step_codes(seq_ids, mask), needed)
     return h.to(output_dtype), state
 
@@ -30,7 +30,7 @@ def forward(
     a: Tensor, x: Tensor, initial: Tensor | None, codes: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h, final state, states before each chunk: what backward needs; empty unless `keep`)."""
-    h, state, kept = _empty_outputs(a, x, initial, codes, keep)
+    h, state, kept = empty_outputs(a, x, initial, codes, keep)
     a, x = a.contiguous(), x.contiguous()
     initial = None if initial is None else initial.to(state.dtype).contiguous()
     width, kind = _numbers(x)
@@ -42,24 +42,12 @@ def forward(
     return h, state, kept
 
 
-@forward.register_fake
-def _empty_outputs(a, x, initial, codes, keep):
-    batch, time, channels = x.shape
-    dtype = torch.complex64 if x.is_complex() else torch.float32
-    chunks = -(-time // CHUNK) if keep else 0
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(batch, channels, dtype=dtype),
-        x.new_empty(batch, chunks, channels, dtype=dtype),
-    )
-
-
 @torch.library.custom_op("rnnzoo::linear_scan_cpu_backward", mutates_args=())
 def backward(
     a: Tensor, x: Tensor, codes: Tensor | None, kept: Tensor, dh: Tensor, dstate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, x and the initial state."""
-    da, dx, dinitial = _empty_gradients(a, x, codes, kept, dh, dstate)
+    da, dx, dinitial = empty_gradients(a, x, codes, kept, dh, dstate)
     a, x, dh, dstate = a.contiguous(), x.contiguous(), dh.contiguous(), dstate.contiguous()
     width, kind = _numbers(x)
     function("linear_scan", "linear_scan_backward", "pppppppppiiiiii")(
@@ -69,34 +57,14 @@ def backward(
     return da, dx, dinitial
 
 
-@backward.register_fake
-def _empty_gradients(a, x, codes, kept, dh, dstate):
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(a, memory_format=contiguous),
-        torch.empty_like(x, memory_format=contiguous),
-        torch.empty_like(dstate, memory_format=contiguous),
-    )
-
-
 def _numbers(x: Tensor) -> tuple[int, tuple[int, int]]:
     """Floats a step, and the flags (complex, bfloat16)."""
     return x.shape[2] * (2 if x.is_complex() else 1), (int(x.is_complex()), int(x.dtype == torch.bfloat16))
 
 
-def _remember(ctx, inputs, output):
-    a, x, initial, codes, _ = inputs
-    ctx.save_for_backward(a, x, codes, output[2])
-    ctx.initial_dtype = None if initial is None else initial.dtype
-    ctx.mark_non_differentiable(output[2])
-
-
-def _gradients(ctx, dh, dstate, _):
-    da, dx, dinitial = backward(*ctx.saved_tensors, dh, dstate)
-    return da, dx, None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype), None, None
-
-
-forward.register_autograd(_gradients, setup_context=_remember)
+forward.register_fake(empty_outputs)
+backward.register_fake(empty_gradients)
+register_autograd(forward, backward)
 
 
 _step: Callable[..., None] | None = None  # the C function, once it was asked for

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operators import needs_gradient
 from ..steps import step_codes
-
-CHUNK = 32
+from .operators import CHUNK, empty_gradients, empty_outputs, register_autograd
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def linear_scan(
     *, a: Tensor, x: Tensor, initial_state: Tensor | None, seq_ids: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.linear_scan`."""
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, x, initial_state))
+    needed = needs_gradient(a, x, initial_state)
     h, state, _ = forward(a, x, initial_state, step_codes(seq_ids, mask), needed)
     return h, state
 
@@ -160,7 +160,7 @@ def forward(
     a: Tensor, x: Tensor, initial: Tensor | None, codes: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h, final state, states before each chunk: what backward needs; empty unless `keep`)."""
-    h, state, kept = _empty_outputs(a, x, initial, codes, keep)
+    h, state, kept = empty_outputs(a, x, initial, codes, keep)
     batch, time, channels = x.shape
     block = _block(channels)
     initial = None if initial is None else initial.to(state.dtype)
@@ -171,24 +171,12 @@ def forward(
     return h, state, kept
 
 
-@forward.register_fake
-def _empty_outputs(a, x, initial, codes, keep):
-    batch, time, channels = x.shape
-    dtype = torch.complex64 if x.is_complex() else torch.float32
-    chunks = -(-time // CHUNK) if keep else 0
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(batch, channels, dtype=dtype),
-        x.new_empty(batch, chunks, channels, dtype=dtype),
-    )
-
-
 @torch.library.custom_op("rnnzoo::linear_scan_triton_backward", mutates_args=())
 def backward(
     a: Tensor, x: Tensor, codes: Tensor | None, kept: Tensor, dh: Tensor, dstate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, x and the initial state."""
-    da, dx, dinitial = _empty_gradients(a, x, codes, kept, dh, dstate)
+    da, dx, dinitial = empty_gradients(a, x, codes, kept, dh, dstate)
     batch, time, channels = x.shape
     block = _block(channels)
     blocks = triton.cdiv(channels, block)
@@ -200,26 +188,6 @@ def backward(
     return da, dx, dinitial
 
 
-@backward.register_fake
-def _empty_gradients(a, x, codes, kept, dh, dstate):
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(a, memory_format=contiguous),
-        torch.empty_like(x, memory_format=contiguous),
-        torch.empty_like(dstate, memory_format=contiguous),
-    )
-
-
-def _remember(ctx, inputs, output):
-    a, x, initial, codes, _ = inputs
-    ctx.save_for_backward(a, x, codes, output[2])
-    ctx.initial_dtype = None if initial is None else initial.dtype
-    ctx.mark_non_differentiable(output[2])
-
-
-def _gradients(ctx, dh, dstate, _):
-    da, dx, dinitial = backward(*ctx.saved_tensors, dh, dstate)
-    return da, dx, None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype), None, None
-
-
-forward.register_autograd(_gradients, setup_context=_remember)
+forward.register_fake(empty_outputs)
+backward.register_fake(empty_gradients)
+register_autograd(forward, backward)

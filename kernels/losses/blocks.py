@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..operators import needs_gradient
+
 # Losses (n,) of a block of tokens, and the gradient (n, V) of the sum of the losses times the tokens' factors.
 BlockLoss = tuple[Tensor, Tensor | None]
 # The same from the logits (n, V), which it may overwrite, the block's place among the tokens, and its factors (n,);
@@ -155,9 +157,7 @@ def _reduce(
         coefficients = torch.ones(len(hidden), dtype=softmax_dtype(hidden), device=hidden.device)
     if total is not None:
         coefficients = coefficients / total
-    head.wants_gradient = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (hidden, weight, bias)
-    )
+    head.wants_gradient = needs_gradient(hidden, weight, bias)
     loss = ChunkedLoss.apply(hidden, weight, bias, coefficients, head)
     if total is not None and len(hidden) == 0:
         loss = loss + torch.where(total == 0, torch.nan, 0.0)  # a mean over no tokens is nan, as torch has it

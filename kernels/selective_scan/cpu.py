@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
+from ..operators import contiguous, needs_gradient
 from ..steps import step_codes
-from .operators import contiguous, empty_gradients, needs_kept, register_autograd
+from .operators import empty_gradients, register_autograd
 
 CHUNK, TILE, LANES = 32, 4, 16  # as in cpu.c
 
@@ -34,7 +35,7 @@ def selective_scan(
     a = a.to(torch.float32)
     d, initial_state = (None if tensor is None else tensor.to(torch.float32) for tensor in (d, initial_state))
     inputs = (x, dt, a, b, c, d, initial_state)
-    y, state, _ = forward(*inputs, step_codes(seq_ids, mask), needs_kept(*inputs))
+    y, state, _ = forward(*inputs, step_codes(seq_ids, mask), needs_gradient(*inputs))
     return y.to(output_dtype), state
 
 

@@ -9,16 +9,6 @@ import torch
 from torch import Tensor
 
 
-def contiguous(*tensors: Tensor | None) -> list[Any]:
-    """Each as its rows lie one after the other; None stays."""
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-def needs_kept(*inputs: Tensor | None) -> bool:
-    """Whether forward must keep states for backward."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-
-
 def empty_gradients(x, dt, a, b, c, d, codes, kept, dy, dstate) -> tuple[Tensor, ...]:
     """Of x, dt, a, b, c, d (nothing without one) and the initial state."""
     d = a.new_empty(0) if d is None else d

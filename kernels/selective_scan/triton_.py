@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import interpreted
+from ..operators import contiguous, needs_gradient
 from ..steps import step_codes
-from .operators import contiguous, empty_gradients, needs_kept, register_autograd
+from .operators import empty_gradients, register_autograd
 
 CHUNK = 32  # steps whose states backward makes at once
 
@@ -252,7 +253,7 @@ def selective_scan(
     codes = step_codes(seq_ids, mask)
     if codes is None:
         codes = torch.zeros(x.shape[:2], dtype=torch.uint8, device=x.device)
-    y, state, _ = forward(*inputs, codes, needs_kept(*inputs))
+    y, state, _ = forward(*inputs, codes, needs_gradient(*inputs))
     return y, state
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..native import function, pointer
+from ..operators import needs_gradient
 from ..steps import step_codes
 
 LANES, MOST_TAPS = 16, 16  # as in cpu.c
@@ -28,7 +29,7 @@ def short_conv(
     """See `kernels.short_conv`."""
     plain = type(x) is Tensor and not torch.compiler.is_compiling()
     tensors = (x, weight, bias, initial_state)
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    needed = needs_gradient(*tensors)
     batch, time, channels = x.shape
     if time == 1 and mask is None and plain and not needed:
         state = (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
+from ..operators import contiguous, needs_gradient
 from ..steps import step_codes
 from .state import SoftmaxState
 
@@ -33,7 +34,7 @@ def softmax_scan(
     decay, bonus = (None if x is None else x.to(torch.float32) for x in (decay, bonus))
     state = (None, None, None) if initial_state is None else tuple(x.to(torch.float32) for x in initial_state)
     tensors = (k, v, decay, bonus, *state)
-    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    needed = needs_gradient(*tensors)
     out, *final, _ = forward(*tensors, step_codes(seq_ids, mask), needed)
     return out.to(output_dtype), SoftmaxState(*final)
 
@@ -52,7 +53,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, the final state's three tensors, states before each chunk: what backward needs; empty unless `keep`)."""
     out, *final, kept = _empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, keep)
-    inputs = [_plain(x) for x in (k, v, decay, bonus, maximum, numerator, denominator, codes)]
+    inputs = contiguous(k, v, decay, bonus, maximum, numerator, denominator, codes)
     function("softmax_scan", "softmax_scan_forward", "p" * 13 + "i" * 6)(
         *(pointer(x) for x in (*inputs, out, *final)), pointer(kept) if keep else None, *_sizes(k, v)
     )
@@ -88,7 +89,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, decay, bonus and the initial state's three tensors."""
     gradients = _empty_gradients(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)
-    inputs = [_plain(x) for x in (k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)]
+    inputs = contiguous(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)
     function("softmax_scan", "softmax_scan_backward", "p" * 17 + "i" * 6)(
         *(pointer(x) for x in (*inputs, *gradients)), *_sizes(k, v)
     )
@@ -102,10 +103,6 @@ def _empty_gradients(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator
     ]
     parameters = [dmaximum.new_empty(k.shape[2:]) for _ in range(2)]
     return (*like[:2], *parameters, *like[2:])
-
-
-def _plain(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _sizes(k: Tensor, v: Tensor) -> tuple[int, ...]:

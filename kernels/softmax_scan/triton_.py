@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operators import contiguous, needs_gradient
 from ..steps import step_codes
 from .state import SoftmaxState
 
@@ -229,7 +230,7 @@ def softmax_scan(
     decay, bonus = (None if x is None else x.to(torch.float32) for x in (decay, bonus))
     state = (None, None, None) if initial_state is None else tuple(x.to(torch.float32) for x in initial_state)
     tensors = (k, v, decay, bonus, *state)
-    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    needed = needs_gradient(*tensors)
     out, *final, _ = forward(*tensors, step_codes(seq_ids, mask), needed)
     return out, SoftmaxState(*final)
 
@@ -248,10 +249,6 @@ def _launch(k: Tensor, v: Tensor) -> tuple[tuple[int, int, int], tuple[int, ...]
     )
 
 
-def _plain(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 @torch.library.custom_op("rnnzoo::softmax_scan_triton", mutates_args=())
 def forward(
     k: Tensor,
@@ -266,7 +263,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, the final state's three tensors, states before each chunk: what backward needs; empty unless `keep`)."""
     outputs = _empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, keep)
-    inputs = [_plain(x) for x in (k, v, decay, bonus, maximum, numerator, denominator, codes)]
+    inputs = contiguous(k, v, decay, bonus, maximum, numerator, denominator, codes)
     grid, sizes, blocks, warps = _launch(k, v)
     given = [x is not None for x in (decay, bonus, maximum, codes)]
     with torch.cuda.device_of(v):
@@ -303,7 +300,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, decay and bonus (of each batch row), and the initial state's three tensors."""
     gradients = _empty_gradients(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)
-    inputs = [_plain(x) for x in (k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)]
+    inputs = contiguous(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)
     grid, sizes, blocks, warps = _launch(k, v)
     scratch = kept.new_empty(grid[0] * grid[1] * grid[2] * 3 * CHUNK * blocks[2])
     given = [x is not None for x in (decay, bonus, codes)]

@@ -46,15 +46,26 @@ def decayed(inputs: dict[str, Tensor], log: float) -> dict[str, Tensor]:
     return inputs | {"g": torch.full_like(inputs["g"], log)}
 
 
+def spread(inputs: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+    """The constant decay of each head, written for every step and channel."""
+    return inputs | {"g": inputs["g"][:, None].expand(shape.batch, shape.time, -1, shape.width)}
+
+
 def normalized(*, initial_state: Tensor | None = None, **call: Any) -> tuple[Tensor, Tensor]:
-    """With the plain output added: where one step has all the weight the other is v, and q's gradient mere rounding."""
+    """With the plain output added: where one step has all the weight the other is v, and q's gradient mere rounding.
+
+    The decay has its gradient from the normalised output alone: it is one number a head, and the sum of two rounded
+    to bfloat16 that nearly cancel says nothing of either.
+    """
     o, state = gated_linear_attention(**call, initial_state=initial_state, normalize=True)
     start = None if initial_state is None else initial_state[..., :-1]
-    plain, _ = gated_linear_attention(**call, initial_state=start, scale=0.1)
+    plain, _ = gated_linear_attention(**call | {"g": call["g"].detach()}, initial_state=start, scale=0.1)
     return o + plain, state
 
 
-def describe(variants: tuple[str, ...], timed: set[str], function: Any = gated_linear_attention) -> Recurrence:
+def describe(
+    variants: tuple[str, ...], timed: set[str], function: Any = gated_linear_attention, **more: Any
+) -> Recurrence:
     return Recurrence(
         "gated_linear_attention",
         function,
@@ -62,11 +73,12 @@ def describe(variants: tuple[str, ...], timed: set[str], function: Any = gated_l
         frozenset({"q", "k", "v"} | timed),
         variants=variants,
         decayed=decayed,
+        **more,
     )
 
 
 RECURRENCES = [
     describe(("per head", "per channel", "bonus"), {"g"}),
-    describe(("constant",), set()),
-    describe(("normalized",), set(), normalized),
+    describe(("constant",), set(), spread=spread),
+    describe(("normalized",), set(), normalized, spread=spread),
 ]

@@ -42,6 +42,8 @@ class Recurrence:
         variants: of the arguments, e.g. "per head" and "per channel" decay. options: variant -> arguments that are no
             tensors.
         decayed: (inputs, log) -> inputs whose decay is exp(log) at every step; None for operations without a decay.
+        spread: (inputs, shape) -> the same call with numbers that hold for all steps written for every one, where the
+            gradient of such a number is a sum over all; None where each such input has many of them.
         keeps_state_dtype: the state has the inputs' dtype (a state of past inputs), else it is float32.
         small: the widest width and most heads that slow backends (Triton's interpreter) are tested with.
     """
@@ -53,6 +55,7 @@ class Recurrence:
     variants: tuple[str, ...] = ("",)
     options: Callable[[str], dict[str, Any]] = field(default=lambda variant: {})
     decayed: Callable[[dict[str, Any], float], dict[str, Any]] | None = None
+    spread: Callable[[dict[str, Any], Shape], dict[str, Any]] | None = None
     keeps_state_dtype: bool = False
     small: tuple[int, int] = (60, 2)
 
@@ -133,8 +136,25 @@ def run(
     }
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Relative error in the norm, tensor by tensor."""
+def gradient_sizes(
+    recurrence: Recurrence, inputs: dict[str, Any], shape: Shape, variant: str, **steps: Tensor | None
+) -> dict[str, float]:
+    """What errors are relative to where a gradient is one number, a sum over all steps and channels that may cancel.
+
+    The norm over steps of what each adds, channels by their absolute value.
+    """
+    if recurrence.spread is None:
+        return {}
+    spread = recurrence.spread(inputs, shape)
+    found = run(recurrence, spread, variant, "reference", **steps)
+    names = [f"gradient of ['{name}']" for name, x in spread.items() if x is not inputs[name]]
+    return {name: float(found[name].abs().sum(-1).norm()) for name in names}
+
+
+def assert_close(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, sizes: dict[str, float] | None = None
+) -> None:
+    """Relative error in the norm, tensor by tensor; `sizes` has norms to take instead of the expected tensor's."""
     assert found.keys() == expected.keys()
     for name, right in expected.items():
         wide = torch.complex128 if right.is_complex() else torch.float64
@@ -143,7 +163,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert left.isfinite().all() == right.isfinite().all(), name
         alike = left == right  # also -inf of an empty state
         error = torch.where(alike, 0.0, left - right).norm()
-        size = torch.where(right.isfinite(), right, 0.0).norm()
+        size = (sizes or {}).get(name, torch.where(right.isfinite(), right, 0.0).norm())
         assert error <= tolerance * size + 1e-30, f"{name}: relative error {float(error / (size + 1e-300)):.2e}"
 
 

@@ -14,7 +14,19 @@ from torch.utils.checkpoint import checkpoint
 
 from rnnzoo.kernels.dispatch import backends
 
-from .recurrences import Recurrence, Shape, assert_close, cases, cast, cut, inputs_of, random_steps, rounded, run
+from .recurrences import (
+    Recurrence,
+    Shape,
+    assert_close,
+    cases,
+    cast,
+    cut,
+    gradient_sizes,
+    inputs_of,
+    random_steps,
+    rounded,
+    run,
+)
 
 
 def parameters(interpreted_variants_are_slow: bool) -> list:
@@ -69,9 +81,11 @@ def test_it_equals_the_loop(recurrence, backend, variant, examples):
     def check(seed, shape, dtype, packed, masked, state):
         inputs = inputs_of(recurrence, shape, variant, seed, state)
         steps = random_steps(shape.batch, shape.time, packed, masked)
-        expected = run(recurrence, rounded(recurrence, inputs, dtype), variant, "reference", **steps)
+        exact = rounded(recurrence, inputs, dtype)
+        expected = run(recurrence, exact, variant, "reference", **steps)
         found = run(recurrence, cast(recurrence, inputs, dtype), variant, backend, **steps)
-        assert_close(found, expected, TOLERANCE[dtype])
+        sizes = gradient_sizes(recurrence, exact, shape, variant, **steps)
+        assert_close(found, expected, TOLERANCE[dtype], sizes)
 
     check()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..conversions.files import replace_text
 from ..kernels.dispatch import backends
 from .cases import CASES, STEP_CASES, Case
 from .peers import PEERS
@@ -183,9 +183,7 @@ def _row(
 def write_rows(path: Path, machine: Machine, rows: list[Row]) -> None:
     """The measurements as JSON, in full or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump({"machine": asdict(machine), "rows": [asdict(row) for row in rows]}, file, indent=1)
-    os.replace(file.name, path)
+    replace_text(path, json.dumps({"machine": asdict(machine), "rows": [asdict(row) for row in rows]}, indent=1))
 
 
 def plot(path: Path, rows: list[Row], mode: str = "forward+backward") -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -70,8 +69,10 @@ def _version(package: str) -> str | None:
 
 
 def _compiler() -> str | None:
-    """First line of `cc --version`, of the compiler that $CC or the PATH names."""
-    path = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
+    """First line of `cc --version`, of the one that the kernels would use."""
+    from ..kernels.native import compiler
+
+    path = compiler()
     if path is None:
         return None
     done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
