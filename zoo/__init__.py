@@ -7,14 +7,23 @@ from typing import TYPE_CHECKING
 
 from .core.registry import architectures
 
-__all__ = ["RecurrentCache", "architectures", "import_checkpoint", "importable", "register_auto_classes"]
+__all__ = [
+    "RecurrentCache",
+    "architectures",
+    "export_checkpoint",
+    "import_checkpoint",
+    "importable",
+    "register_auto_classes",
+]
 
 if TYPE_CHECKING:
     from .core.cache import RecurrentCache
-    from .core.importing import import_checkpoint, importable
+    from .core.importing import export_checkpoint, import_checkpoint, importable
 
 # Looked up when first used, so that listing the architectures imports no torch.
-LAZY = {"RecurrentCache": "cache", "import_checkpoint": "importing", "importable": "importing"}
+LAZY = {"RecurrentCache": "cache"} | dict.fromkeys(
+    ("export_checkpoint", "import_checkpoint", "importable"), "importing"
+)
 
 
 def __getattr__(name: str):

@@ -9,8 +9,9 @@ from rnnzoo.zoo.core.configuration import RecurrentConfig
 from rnnzoo.zoo.core.modeling import RecurrentForCausalLM
 from rnnzoo.zoo.core.registry import known_mixers
 
-# Sizes at which a mixer's machinery (windows, groups, limits) is at work within a dozen tokens.
-TINY = {
+# Sizes at which a mixer's machinery (windows, groups, limits) is at work within a dozen tokens. What is not named here
+# takes its defaults, derived from the sizes below.
+TINY: dict[str, dict] = {
     "sliding_attention": {"sliding_window": 4},
     "hedgehog": {
         "window_sizes": None,

@@ -28,8 +28,11 @@ class RecurrentConfig(PreTrainedConfig):
         num_attention_heads: None for heads of about 64 channels.
         num_key_value_heads: None for `num_attention_heads`.
         head_dim: None for `hidden_size // num_attention_heads`, made even.
-        norm_type: "rms", or "layer" (LayerNorm with bias).
+        norm_type: "rms", "rms_offset" (Gemma's, 1 + weight), or "layer" (LayerNorm with bias).
         rms_norm_eps: epsilon of either.
+        channel_mixer: second half of every block: "mlp", or the name of an architecture that has one of its own.
+        embedding_norm: norm the embeddings. embedding_scale: factor on them.
+        logit_cap: c in c * tanh(logits / c); None: no bound.
         mlp_type: "gated" (down(act(gate(x)) * up(x))) or "plain" (down(act(up(x)))).
         attention_bias: biases on q, k, v. attention_output_bias: on o. mlp_bias: on every matrix of the MLP.
         qk_norm: RMSNorm over each head of q and k.
@@ -41,6 +44,12 @@ class RecurrentConfig(PreTrainedConfig):
 
     model_type = "rnnzoo"
     mixer: ClassVar[str] = "full_attention"
+    sizes: ClassVar[dict[str, dict[str, Any]]] = {}  # configurations of the paper, by name, as keyword arguments
+    base_model_tp_plan = {
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
     keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 32000
@@ -54,6 +63,10 @@ class RecurrentConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
     norm_type: str = "rms"
+    channel_mixer: str = "mlp"
+    embedding_norm: bool = False
+    embedding_scale: float | None = None
+    logit_cap: float | None = None
     mlp_type: str = "gated"
     attention_bias: bool = False
     attention_output_bias: bool = False
@@ -137,7 +150,7 @@ class RecurrentConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})."
             )
-        for field, allowed in (("norm_type", ("rms", "layer")), ("mlp_type", ("gated", "plain"))):
+        for field, allowed in (("norm_type", ("rms", "rms_offset", "layer")), ("mlp_type", ("gated", "plain"))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}.")
 

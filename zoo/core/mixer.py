@@ -6,7 +6,7 @@ B batch, T time, D hidden_size, H query heads, Hk key/value heads, d head_dim.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ...kernels.errors import RnnzooError
 from .configuration import RecurrentConfig
 from .rotary import Rotary
 
-__all__ = ["AttentionWeights", "Context", "Mixer", "MixerState"]
+__all__ = ["AttentionWeights", "BlockState", "Context", "Mixer", "MixerState", "SelfInitialised"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +47,17 @@ class Context:
         seq_ids: (B, T) integers; a new document starts where the id differs from the step before. None: one document.
         positions: (B, T) or (1, T) int64, tokens of the same document before this one, over the whole cache.
         rotary: rotates by positions.
+        shared: layer type -> the module that all layers of this type share (`Mixer.shared`).
         in_place: one token a row, no gradients, and nobody else needs the state: a mixer may change it in place.
-        memo: scratch for one call of the model, for values that layers of one kind share (attention masks).
+        memo: scratch for one call of the model, for values that layers of one kind share (attention masks), or that a
+            layer hands on to later ones (RWKV-7's first values). Layers run in order; a layer may also run alone.
     """
 
     mask: Tensor | None
     seq_ids: Tensor | None
     positions: Tensor
     rotary: Rotary
+    shared: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False)
     in_place: bool = False
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -91,6 +94,17 @@ class MixerState:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
 
+@dataclasses.dataclass
+class BlockState(MixerState):
+    """The state of a block whose channel mixer has one too."""
+
+    mixer: MixerState
+    channel_mixer: MixerState
+
+    def reset_rows(self, rows: Tensor) -> BlockState:
+        return BlockState(self.mixer.reset_rows(rows), self.channel_mixer.reset_rows(rows))
+
+
 def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return fn(value)
@@ -100,10 +114,32 @@ def _map(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-class Mixer(nn.Module):
-    """Mixes tokens along time. Knows nothing of caches, generation and padding beyond its `Context`."""
+class SelfInitialised(nn.Module):
+    """A module with parameters of its own to initialise."""
+
+    def init_weights(self) -> None:
+        """Fresh values for parameters that are not plain linear or norm layers.
+
+        Runs after the core has initialised these. Must use `transformers.initialization`, which leaves alone what a
+        checkpoint has just filled.
+        """
+
+
+class Mixer(SelfInitialised):
+    """Mixes tokens along time. Knows nothing of caches, generation and padding beyond its `Context`.
+
+    A channel mixer with a state is of the same kind (`register_channel_mixer`).
+
+    Attributes:
+        layer_type: its name in `config.layer_types`.
+        kernel: folder of kernels/ whose recurrence it runs. paper: authors, year and arXiv number or venue.
+        complexity: of a forward pass in the number of tokens T, of the layer's memory while decoding after a slash.
+    """
 
     layer_type: str = ""
+    kernel: str = ""
+    paper: str = ""
+    complexity: str = "T / 1"
 
     def __init__(self, config: RecurrentConfig, layer_idx: int):
         super().__init__()
@@ -118,12 +154,10 @@ class Mixer(nn.Module):
         """Mixes hidden (B, T, D). A state comes back where one was given; None starts from nothing and returns None."""
         raise NotImplementedError
 
-    def init_weights(self) -> None:
-        """Fresh values for parameters that are not plain linear or norm layers.
-
-        Runs after the core has initialised these. Must use `transformers.initialization`, which leaves alone what a
-        checkpoint has just filled.
-        """
+    @staticmethod
+    def shared(config: RecurrentConfig) -> nn.Module | None:
+        """A module that all layers of this type share; the model makes it once and gives it as `ctx.shared`."""
+        return None
 
     def init_from_attention(self, weights: AttentionWeights) -> None:
         """Starts this mixer from a teacher's attention layer.

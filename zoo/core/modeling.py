@@ -24,8 +24,8 @@ from .cache import RecurrentCache
 from .configuration import RecurrentConfig
 from .documents import Layout, documents_from_lengths, documents_from_positions, lay_out, padding_mask
 from .layers import MLP, make_norm
-from .mixer import Context, Mixer, MixerState
-from .registry import mixer_class
+from .mixer import BlockState, Context, MixerState, SelfInitialised
+from .registry import channel_mixer_class, mixer_class
 from .rotary import Rotary, RotaryFrequencies
 
 __all__ = [
@@ -34,11 +34,12 @@ __all__ = [
     "RecurrentForSequenceClassification",
     "RecurrentModel",
     "RecurrentPreTrainedModel",
+    "model_classes",
 ]
 
 
 class RecurrentBlock(GradientCheckpointingLayer):
-    """norm, mixer, residual; norm, MLP, residual (no second half where intermediate_size is 0)."""
+    """norm, mixer, residual; norm, channel mixer, residual (no second half where intermediate_size is 0)."""
 
     def __init__(self, config: RecurrentConfig, layer_idx: int):
         super().__init__()
@@ -47,16 +48,35 @@ class RecurrentBlock(GradientCheckpointingLayer):
         self.mixer = mixer_class(config.layer_types[layer_idx])(config, layer_idx)
         has_mlp = config.intermediate_size > 0
         self.post_attention_layernorm = make_norm(config) if has_mlp else None
-        self.mlp = MLP(config) if has_mlp else None
+        self.has_states = has_mlp and config.channel_mixer != "mlp"
+        self.mlp = None
+        if has_mlp:
+            self.mlp = channel_mixer_class(config.channel_mixer)(config, layer_idx) if self.has_states else MLP(config)
+
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
+        """The state before the first token."""
+        state = self.mixer.init_state(batch, device, dtype)
+        return BlockState(state, self.mlp.init_state(batch, device, dtype)) if self.has_states else state
 
     def forward(self, hidden: Tensor, state: MixerState | None, ctx: Context) -> tuple[Tensor, MixerState | None]:
-        mixed, state = self.mixer(self.input_layernorm(hidden), state, ctx)
+        own, channel = (state.mixer, state.channel_mixer) if isinstance(state, BlockState) else (state, None)
+        mixed, own = self.mixer(self.input_layernorm(hidden), own, ctx)
         if self.mlp is None:
-            return hidden + mixed, state
-        if self.parallel_residual:
-            return self.mlp(self.post_attention_layernorm(hidden)) + mixed + hidden, state
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), state
+            return hidden + mixed, own
+        residual = hidden if self.parallel_residual else hidden + mixed
+        given = self.post_attention_layernorm(residual)
+        if self.has_states:
+            given, channel = self.mlp(given, channel, ctx)
+            own = None if own is None else BlockState(own, channel)
+        else:
+            given = self.mlp(given)
+        return (given + mixed + hidden if self.parallel_residual else residual + given), own
+
+    def advance(self, hidden: Tensor, state: MixerState, ctx: Context) -> MixerState | None:
+        """The state after `hidden`, at the cost of the state alone."""
+        return (
+            self(hidden, state, ctx)[1] if self.has_states else self.mixer(self.input_layernorm(hidden), state, ctx)[1]
+        )
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
@@ -68,13 +88,14 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["RecurrentBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     # Read by generate() only to refuse assisted decoding, which our cache can do: it rolls back.
     _is_stateful = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Mixer):
+        if isinstance(module, SelfInitialised):
             module.init_weights()
 
 
@@ -84,6 +105,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
     def __init__(self, config: RecurrentConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
+        shared = {kind: mixer_class(kind).shared(config) for kind in dict.fromkeys(config.layer_types)}
+        self.shared = nn.ModuleDict({kind: module for kind, module in shared.items() if module is not None})
         self.layers = nn.ModuleList([RecurrentBlock(config, i) for i in range(config.num_hidden_layers)])
         self.norm = make_norm(config)
         self.rotary = RotaryFrequencies(config)
@@ -92,7 +116,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
     def context(self, mask: Tensor | None, layout: Layout) -> Context:
         """What the mixers are told about a call."""
-        return Context(mask, layout.seq_ids, layout.positions, Rotary(self.rotary, layout.positions))
+        return Context(mask, layout.seq_ids, layout.positions, Rotary(self.rotary, layout.positions), self.shared)
 
     def make_context(
         self, batch: int, time: int, device: torch.device, mask: Tensor | None = None, seq_ids: Tensor | None = None
@@ -135,6 +159,10 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise RnnzooError("Give either input_ids or inputs_embeds.")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.embedding_norm is not None:
+            hidden = self.embedding_norm(hidden)
+        if self.config.embedding_scale is not None:
+            hidden = hidden * torch.tensor(self.config.embedding_scale, dtype=hidden.dtype, device=hidden.device)
         shape, device = (hidden.shape[0], hidden.shape[1]), hidden.device
         mask = padding_mask(attention_mask, *shape)
         ids = seq_ids if seq_ids is not None else seq_idx
@@ -189,17 +217,17 @@ class RecurrentModel(RecurrentPreTrainedModel):
     def _state(self, cache: RecurrentCache, layer_idx: int, hidden: Tensor) -> MixerState:
         state = cache.states[layer_idx]
         if state is None:
-            state = self.layers[layer_idx].mixer.init_state(hidden.shape[0], hidden.device, hidden.dtype)
+            state = self.layers[layer_idx].init_state(hidden.shape[0], hidden.device, hidden.dtype)
         return state
 
     def replay(
         self, inputs: list[Tensor], cache: RecurrentCache, mask: Tensor | None, ids: Tensor | None, named: bool
     ) -> None:
-        """Runs only the mixers over recorded block inputs, to bring a cache from a checkpoint to a later state."""
+        """Runs over recorded block inputs what has a state, to bring a cache from a checkpoint to a later state."""
         shape = (inputs[0].shape[0], inputs[0].shape[1])
         ctx = self.context(mask, cache.advance(mask, ids, named, shape, inputs[0].device))
         for i, (layer, hidden) in enumerate(zip(self.layers, inputs, strict=True)):
-            _, cache.states[i] = layer.mixer(layer.input_layernorm(hidden), self._state(cache, i, hidden), ctx)
+            cache.states[i] = layer.advance(hidden, self._state(cache, i, hidden), ctx)
 
 
 class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
@@ -258,6 +286,8 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             loss = self._fused_loss(hidden, labels, **kwargs)
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+            if self.config.logit_cap is not None:
+                logits = self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
@@ -267,7 +297,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
     def _may_fuse(self, logits_to_keep: int | Tensor) -> bool:
         # An adapter or a hook on the head, or a loss of the user's own, must not be passed by.
         plain_head = type(self.lm_head) is nn.Linear and not self.lm_head._forward_hooks
-        everything = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        everything = isinstance(logits_to_keep, int) and logits_to_keep == 0 and self.config.logit_cap is None
         own_loss = getattr(self, "_loss_function", None) is not None
         return self.training and self.config.fused_loss and plain_head and everything and not own_loss
 
@@ -377,3 +407,25 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
                 "padding from tokens."
             )
         return (torch.arange(time, device=hidden.device) * token.to(hidden.device)).argmax(-1)
+
+
+def model_classes(
+    config_class: type[RecurrentConfig],
+) -> tuple[type[RecurrentModel], type[RecurrentForCausalLM], type[RecurrentForSequenceClassification]]:
+    """The three models of an architecture, XModel, XForCausalLM and XForSequenceClassification for XConfig.
+
+    They differ from the generic ones in name and configuration alone. To be assigned under these names in the module
+    `modeling_<name>` beside the configuration's.
+    """
+    name = config_class.__name__.removesuffix("Config")
+    module = config_class.__module__.replace("configuration_", "modeling_")
+
+    def derive(base: type, suffix: str, what: str) -> type:
+        doc = f"{name}: {what}"
+        return type(name + suffix, (base,), {"config_class": config_class, "__module__": module, "__doc__": doc})
+
+    return (
+        derive(RecurrentModel, "Model", "the decoder without a head."),
+        derive(RecurrentForCausalLM, "ForCausalLM", "the decoder with a language-model head."),
+        derive(RecurrentForSequenceClassification, "ForSequenceClassification", "with a classifier on the last token."),
+    )

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor
 
+from ...kernels.delta_rule import delta_rule, delta_rule_step
 from ...kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
+from ...kernels.linear_scan import linear_scan, linear_scan_step
+from ...kernels.selective_scan import selective_scan, selective_scan_step
 from ...kernels.short_conv import short_conv, short_conv_step
+from ...kernels.softmax_scan import softmax_scan, softmax_scan_step
+from ...kernels.softmax_scan.state import SoftmaxState
 from .mixer import Context
 
-__all__ = ["convolve", "linear_attention"]
+__all__ = ["convolve", "delta", "linear_attention", "scan", "selective", "softmax_average", "token_shift"]
 
 
 def linear_attention(
@@ -34,6 +40,58 @@ def linear_attention(
     return o, cast(Tensor, after)
 
 
+def delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor | None,
+    state: Tensor | None,
+    ctx: Context,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`delta_rule` over a call's tokens: the output (B, T, H, V) and the state (B, Hk, K, V) after them."""
+    if ctx.in_place and state is not None:
+        g = None if g is None else g[:, 0]
+        o = delta_rule_step(q[:, 0], k[:, 0], v[:, 0], a[:, 0], b[:, 0], g, state, scale=scale)
+        return o[:, None], state
+    return delta_rule(q, k, v, a, b, g, scale=scale, initial_state=state, seq_ids=ctx.seq_ids, mask=ctx.mask)
+
+
+def scan(a: Tensor, x: Tensor, state: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor]:
+    """`linear_scan` over a call's tokens: all states (B, T, D), and the last one (B, D)."""
+    if ctx.in_place and state is not None:
+        return linear_scan_step(a[:, 0], x[:, 0], state)[:, None], state
+    return linear_scan(a, x, initial_state=state, seq_ids=ctx.seq_ids, mask=ctx.mask)
+
+
+def selective(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, state: Tensor | None, ctx: Context
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` over a call's tokens: y (B, T, D) and the state (B, D, N) after them."""
+    if ctx.in_place and state is not None:
+        return selective_scan_step(x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], d, state)[:, None], state
+    return selective_scan(x, dt, a, b, c, d, initial_state=state, seq_ids=ctx.seq_ids, mask=ctx.mask)
+
+
+def softmax_average(
+    k: Tensor,
+    v: Tensor,
+    state: SoftmaxState | None,
+    ctx: Context,
+    *,
+    decay: Tensor | None = None,
+    bonus: Tensor | None = None,
+) -> tuple[Tensor, SoftmaxState]:
+    """`softmax_scan` over a call's tokens: averages (B, T, H, V) and the state after them."""
+    if ctx.in_place and state is not None:
+        return softmax_scan_step(k[:, 0], v[:, 0], state, decay=decay, bonus=bonus)[:, None], state
+    options = {"decay": decay, "bonus": bonus}
+    return softmax_scan(k, v, **options, initial_state=state, seq_ids=ctx.seq_ids, mask=ctx.mask)
+
+
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, ctx: Context, *, activation: str | None
 ) -> tuple[Tensor, Tensor]:
@@ -41,3 +99,19 @@ def convolve(
     if ctx.in_place and state is not None and state.dtype == x.dtype:
         return short_conv_step(x[:, 0], weight, bias, state, activation=activation)[:, None], state
     return short_conv(x, weight, bias, activation=activation, initial_state=state, seq_ids=ctx.seq_ids, mask=ctx.mask)
+
+
+def token_shift(x: Tensor, last: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor]:
+    """x (B, T, D) of the token before in the same document, zeros before the first; and x (B, D) of the last token.
+
+    Args:
+        last: x of the last token of the calls before; None: none.
+    """
+    if ctx.mask is None and ctx.seq_ids is None:
+        first = torch.zeros_like(x[:, :1]) if last is None else last[:, None].to(x.dtype)
+        return torch.cat([first, x[:, :-1]], 1), x[:, -1].clone()
+    # A convolution of two taps that looks at the older one; it knows of documents and padding.
+    weight = x.new_tensor([1.0, 0.0]).expand(x.shape[-1], 2)
+    before = None if last is None else last[:, :, None].to(x.dtype)
+    y, after = short_conv(x, weight, initial_state=before, seq_ids=ctx.seq_ids, mask=ctx.mask)
+    return y, after[:, :, 0].clone()

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTENTION_TYPES",
+    "CHANNEL_MIXERS",
     "MIXERS",
     "architectures",
+    "channel_mixer_class",
     "config_class",
     "known_mixers",
     "mixer_class",
+    "register_channel_mixer",
     "register_mixer",
 ]
 
@@ -32,6 +35,9 @@ ATTENTION_TYPES = ("full_attention", "sliding_attention")
 
 MIXERS: dict[str, type[Mixer]] = {}
 """Mixers imported so far, by layer type. Use `mixer_class`, which imports on demand."""
+
+CHANNEL_MIXERS: dict[str, type[Mixer]] = {}
+"""Channel mixers with a state imported so far, by the architecture that has them. Use `channel_mixer_class`."""
 
 CONFIGS: dict[str, type[RecurrentConfig]] = {}
 """Configuration classes imported so far, by the name of their mixer. Use `config_class`, which imports on demand."""
@@ -48,6 +54,16 @@ def register_mixer(name: str):
     def register(cls: M) -> M:
         cls.layer_type = name
         MIXERS[name] = cls
+        return cls
+
+    return register
+
+
+def register_channel_mixer(name: str):
+    """Class decorator: makes a `Mixer` available as `config.channel_mixer` `name`, that of its architecture."""
+
+    def register(cls: M) -> M:
+        CHANNEL_MIXERS[name] = cls
         return cls
 
     return register
@@ -81,6 +97,21 @@ def mixer_class(name: str) -> type[Mixer]:
     if name not in MIXERS:
         raise RnnzooError(f"'{name}' is not a layer type; known are {', '.join(known_mixers())}.")
     return MIXERS[name]
+
+
+def channel_mixer_class(name: str) -> type[Mixer]:
+    """The channel mixer of an architecture, imported now if need be.
+
+    Raises:
+        RnnzooError: no channel mixer of that name.
+    """
+    if name not in CHANNEL_MIXERS:
+        _import(name, "modeling")
+    if name not in CHANNEL_MIXERS:
+        raise RnnzooError(
+            f"'{name}' has no channel mixer of its own; channel_mixer is 'mlp' or an architecture's name."
+        )
+    return CHANNEL_MIXERS[name]
 
 
 def config_class(name: str) -> type[RecurrentConfig] | None:

@@ -37,7 +37,7 @@ from ...kernels.microscaling import Packed, pack, quantise
 from ...kernels.window_step import window_step
 from ..core.attention import AttentionProjections
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
-from ..core.modeling import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from ..core.modeling import model_classes
 from ..core.registry import register_mixer
 from .configuration_hedgehog import HedgehogConfig
 
@@ -247,19 +247,4 @@ def _accurate(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class HedgehogModel(RecurrentModel):
-    """Hedgehog without a head."""
-
-    config_class = HedgehogConfig
-
-
-class HedgehogForCausalLM(RecurrentForCausalLM):
-    """Hedgehog with a language-model head."""
-
-    config_class = HedgehogConfig
-
-
-class HedgehogForSequenceClassification(RecurrentForSequenceClassification):
-    """Hedgehog with a classifier on the last token."""
-
-    config_class = HedgehogConfig
+HedgehogModel, HedgehogForCausalLM, HedgehogForSequenceClassification = model_classes(HedgehogConfig)

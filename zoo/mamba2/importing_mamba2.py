@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from ...kernels.errors import RnnzooError
+from ..core.importing import Format, Rule, renamed
 from .configuration_mamba2 import Mamba2Config
 
-__all__ = ["convert_config", "rename"]
+__all__ = ["FORMATS"]
 
 # transformers' Mamba2Config leaves out of config.json what equals its defaults, so they are needed here.
 DEFAULTS = {
@@ -55,22 +57,9 @@ RENAMED = {
     "time_step_floor": "ssm_time_step_floor",
     "layer_norm_epsilon": "rms_norm_eps",
 }
-PREFIXES = (
-    ("backbone.embeddings.", "model.embed_tokens."),
-    ("backbone.embedding.", "model.embed_tokens."),
-    ("backbone.norm_f.", "model.norm."),
-    ("backbone.layers.", "model.layers."),
-)
 
 
-def convert_config(source: dict) -> Mamba2Config:
-    """Our configuration for transformers' one, as read from config.json.
-
-    Raises:
-        RnnzooError: another model type, or an activation other than SiLU.
-    """
-    if source.get("model_type") != "mamba2":
-        raise RnnzooError(f"Expected a checkpoint of model_type 'mamba2', got '{source.get('model_type')}'.")
+def _to_ours(source: dict, shapes: dict) -> Mamba2Config:
     values = DEFAULTS | {key: value for key, value in source.items() if key in DEFAULTS}
     if values["hidden_act"] not in ("silu", "swish"):
         raise RnnzooError(f"Mamba-2 is defined with SiLU, but this checkpoint has hidden_act='{values['hidden_act']}'.")
@@ -90,12 +79,34 @@ def _number(value: float | dict) -> float:
     return float(value["__float__"].replace("Infinity", "inf")) if isinstance(value, dict) else float(value)
 
 
-def rename(name: str) -> str:
-    """backbone.layers.3.mixer.D -> model.layers.3.mixer.D, and so on."""
-    for old, new in PREFIXES:
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-    parts = name.split(".")
-    if name.startswith("model.layers.") and parts[3] == "norm":
-        parts[3] = "input_layernorm"
-    return ".".join(parts)
+def _to_theirs(config: Mamba2Config) -> dict:
+    if set(config.layer_types) != {"mamba2"} or config.intermediate_size or config.ssm_kv_heads or config.qk_norm:
+        raise RnnzooError("transformers' Mamba-2 has neither other layers, MLPs, grouped heads nor norms of B and C.")
+    if config.attention_bias != config.attention_output_bias:
+        raise RnnzooError("transformers' Mamba-2 has biases on both projections or on none.")
+    bounds = config.ssm_time_step_limit
+    return (
+        {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "hidden_act": "silu"}
+        | {name: getattr(config, name) for name in SAME}
+        | {old: getattr(config, new) for old, new in RENAMED.items()}
+        | {"use_bias": config.attention_bias, "expand": config.ssm_expand}
+        | ({} if bounds is None else {"time_step_limit": list(bounds)})
+        | {"rms_norm": True, "dtype": str(config.dtype).removeprefix("torch.")}
+    )
+
+
+def _rules(config: Mamba2Config) -> Iterator[Rule]:
+    yield Rule(("model.embed_tokens.weight",), ("backbone.embeddings.weight",))
+    yield Rule(("model.norm.weight",), ("backbone.norm_f.weight",))
+    yield Rule(("lm_head.weight",), ("lm_head.weight",))
+    names = ["A_log", "D", "dt_bias", "in_proj.weight", "conv1d.weight", "norm.weight", "out_proj.weight"]
+    names += ["conv1d.bias"] if config.ssm_conv_bias else []
+    names += ["in_proj.bias", "out_proj.bias"] if config.attention_bias else []
+    for i in range(config.num_hidden_layers):
+        yield from renamed(f"model.layers.{i}.mixer.", f"backbone.layers.{i}.mixer.", names)
+        yield Rule((f"model.layers.{i}.input_layernorm.weight",), (f"backbone.layers.{i}.norm.weight",))
+
+
+FORMATS = (
+    Format("transformers", lambda config, shapes: config.get("model_type") == "mamba2", _to_ours, _to_theirs, _rules),
+)

@@ -26,7 +26,7 @@ from transformers import initialization as init
 from ...kernels.errors import ShapeError
 from ..core.layers import RMSNorm
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
-from ..core.modeling import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from ..core.modeling import model_classes
 from ..core.recurrences import convolve, linear_attention
 from ..core.registry import register_mixer
 from .configuration_mamba2 import Mamba2Config
@@ -178,19 +178,4 @@ def _put(target: Tensor | None, source: Tensor | None, source_name: str, name: s
     target.copy_(source)
 
 
-class Mamba2Model(RecurrentModel):
-    """Mamba-2 without a head."""
-
-    config_class = Mamba2Config
-
-
-class Mamba2ForCausalLM(RecurrentForCausalLM):
-    """Mamba-2 with a language-model head."""
-
-    config_class = Mamba2Config
-
-
-class Mamba2ForSequenceClassification(RecurrentForSequenceClassification):
-    """Mamba-2 with a classifier on the last token."""
-
-    config_class = Mamba2Config
+Mamba2Model, Mamba2ForCausalLM, Mamba2ForSequenceClassification = model_classes(Mamba2Config)

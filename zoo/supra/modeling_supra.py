@@ -21,7 +21,7 @@ from transformers import initialization as init
 
 from ..core.attention import AttentionProjections
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
-from ..core.modeling import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from ..core.modeling import model_classes
 from ..core.recurrences import linear_attention
 from ..core.registry import register_mixer
 from .configuration_supra import SupraConfig
@@ -82,19 +82,4 @@ class SupraMixer(Mixer):
         return self.proj.o_proj(o.flatten(-2)), None if state is None else SupraState(s)
 
 
-class SupraModel(RecurrentModel):
-    """SUPRA without a head."""
-
-    config_class = SupraConfig
-
-
-class SupraForCausalLM(RecurrentForCausalLM):
-    """SUPRA with a language-model head."""
-
-    config_class = SupraConfig
-
-
-class SupraForSequenceClassification(RecurrentForSequenceClassification):
-    """SUPRA with a classifier on the last token."""
-
-    config_class = SupraConfig
+SupraModel, SupraForCausalLM, SupraForSequenceClassification = model_classes(SupraConfig)

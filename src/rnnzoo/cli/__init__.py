@@ -26,6 +26,8 @@ COMMANDS = {
     "plan": "What a conversion would do and cost; nothing is run.",
     "convert": "Turn a Transformer into a recurrent model.",
     "eval": "Measure a model, against its teacher and a bounded cache.",
+    "import": "Take in a checkpoint of another implementation.",
+    "export": "Write a model as another implementation's checkpoint.",
     "card": "Write the model card from what was measured.",
     "generate": "Continue a prompt, or answer it, as a stream of text.",
     "bench": "Time the kernels against what else is installed.",
