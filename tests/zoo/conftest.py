@@ -22,6 +22,8 @@ TINY: dict[str, dict] = {
     },
     "mamba2": {"ssm_state_size": 6, "ssm_num_heads": 4, "ssm_groups": 2, "ssm_conv_kernel": 3, "intermediate_size": 0},
 }
+# More of them, for architectures whose defaults do not do: a line each.
+TINY |= {}
 # Keys and values in few bits: a variant of a mixer is its name, a colon, and what is different.
 TINY["hedgehog:rings"] = TINY["hedgehog"] | {"ring_bits": [8, 4]}
 HYBRID = ("mamba2", "full_attention", "supra", "sliding_attention")

@@ -98,6 +98,9 @@ class KeyValueState(MixerState):
 class FullAttention(Mixer):
     """Softmax attention over every token of the document, by torch's scaled_dot_product_attention."""
 
+    kernel = "scaled_dot_product_attention"
+    paper = "Vaswani et al. 2017, arXiv 1706.03762"
+    complexity = "T^2 / T"
     window: int | None = None
 
     def __init__(self, config: RecurrentConfig, layer_idx: int):
@@ -160,6 +163,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) 
 @register_mixer("sliding_attention")
 class SlidingAttention(FullAttention):
     """Softmax attention over the last `config.sliding_window` tokens, the current one included."""
+
+    complexity = "T / 1"
 
     def __init__(self, config: RecurrentConfig, layer_idx: int):
         super().__init__(config, layer_idx)

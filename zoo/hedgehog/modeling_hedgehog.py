@@ -79,6 +79,9 @@ class PackedHedgehogState(MixerState):
 class HedgehogMixer(Mixer):
     """The equations at the head of this file, between the teacher's projections."""
 
+    kernel = "gated_linear_attention"
+    paper = "Zhang et al. 2024, arXiv 2402.04347"
+
     def __init__(self, config: HedgehogConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.proj = AttentionProjections(config)

@@ -66,6 +66,9 @@ class Mamba2State(MixerState):
 class Mamba2Mixer(Mixer):
     """The equations at the head of this file."""
 
+    kernel = "gated_linear_attention"
+    paper = "Dao and Gu 2024, arXiv 2405.21060"
+
     def __init__(self, config: Mamba2Config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.heads, self.head_dim, self.state_size = config.ssm_num_heads, config.ssm_head_dim, config.ssm_state_size

@@ -51,6 +51,9 @@ class SupraState(MixerState):
 class SupraMixer(Mixer):
     """The equations at the head of this file, between the teacher's projections."""
 
+    kernel = "gated_linear_attention"
+    paper = "Mercat et al. 2024, arXiv 2405.06640"
+
     def __init__(self, config: SupraConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.proj = AttentionProjections(config)
