@@ -131,9 +131,15 @@ def dispatch_alike(operation: str, call: dict[str, Any], alike: tuple[Any, ...],
     """`dispatch` for calls that are shorter than a choice: it is made once for all calls with the same `alike`.
 
     Args:
-        alike: hashable, everything that the backends' `supports` look at (dtypes, devices, contiguity).
+        alike: hashable, everything that the backends' `supports` look at (dtypes, devices, contiguity); the state's
+            device among it.
     """
-    if backend is not None or _chosen is not None or ENVIRONMENT_VARIABLE in os.environ:
+    if (
+        backend is not None
+        or _chosen is not None
+        or ENVIRONMENT_VARIABLE in os.environ
+        or torch.is_autocast_enabled("cpu")
+    ):
         return dispatch(operation, call, backend)
     function = _ALIKE.get((operation, alike))
     if function is None:

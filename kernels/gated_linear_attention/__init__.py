@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import gpu, native
 from ..checks import check_steps, expect
-from ..dispatch import dispatch, register
+from ..dispatch import dispatch, dispatch_alike, register
 from ..errors import RnnzooError, ShapeError
 from .state import Window, WindowState, ring_positions, ring_slots, state_dtype
 
@@ -220,7 +220,9 @@ def gated_linear_attention_step(
     if scale is None:
         scale = 1.0 if normalize or keys == 0 else keys**-0.5
     call = {"q": q, "k": k, "v": v, "g": g, "state": state, "bonus": bonus, "scale": scale, "normalize": normalize}
-    return dispatch("gated_linear_attention_step", call, backend)
+    alike = (q.dtype, k.dtype, v.dtype, g is None or g.dtype, state.dtype, state.device, state.is_contiguous())
+    alike += (None if g is None else g.ndim, bonus is None or bonus.dtype, normalize, keys, columns)
+    return dispatch_alike("gated_linear_attention_step", call, alike, backend)
 
 
 def _check(q, k, v, g, bonus, normalize, window, initial_state, seq_ids, mask) -> None:

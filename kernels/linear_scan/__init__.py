@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import gpu, native
 from ..checks import check_steps, expect, expect_ndim
-from ..dispatch import dispatch, register
+from ..dispatch import dispatch, dispatch_alike, register
 from ..errors import ShapeError
 
 __all__ = ["linear_scan", "linear_scan_step"]
@@ -129,4 +129,5 @@ def linear_scan_step(a: Tensor, x: Tensor, state: Tensor, *, backend: str | None
     """
     if not a.shape == x.shape == state.shape:
         raise ShapeError(f"a has shape {tuple(a.shape)}, x {tuple(x.shape)}, state {tuple(state.shape)}; expected one.")
-    return dispatch("linear_scan_step", {"a": a, "x": x, "state": state}, backend)
+    alike = (a.dtype, x.dtype, state.dtype, state.device, state.is_contiguous())
+    return dispatch_alike("linear_scan_step", {"a": a, "x": x, "state": state}, alike, backend)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import gpu, native
 from ..checks import check_steps, expect, expect_ndim
-from ..dispatch import dispatch, register
+from ..dispatch import dispatch, dispatch_alike, register
 from ..errors import ShapeError
 
 __all__ = ["selective_scan", "selective_scan_step"]
@@ -163,4 +163,5 @@ def selective_scan_step(
             f"x, dt, a, b, c, state have shapes {shapes}; expected (B, D), (B, D), (D, N), (B, N), (B, N), (B, D, N)."
         )
     call = {"x": x, "dt": dt, "a": a, "b": b, "c": c, "d": d, "state": state}
-    return dispatch("selective_scan_step", call, backend)
+    alike = (x.dtype, dt.dtype, a.dtype, b.dtype, c.dtype, state.dtype, state.device, state.is_contiguous())
+    return dispatch_alike("selective_scan_step", call, alike, backend)

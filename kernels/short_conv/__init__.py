@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import gpu, native
-from ..dispatch import dispatch, register
+from ..dispatch import dispatch, dispatch_alike, register
 from ..errors import RnnzooError, ShapeError
 
 __all__ = ["short_conv", "short_conv_step"]
@@ -165,5 +165,5 @@ def short_conv_step(
         shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and state {tuple(state.shape)}"
         raise ShapeError(f"{shapes} do not fit; expected (batch, D), (D, W) and (batch, D, W-1).")
     call = {"x": x, "weight": weight, "bias": bias, "state": state, "activation": activation}
-    with torch.no_grad():
-        return dispatch("short_conv_step", call, backend)
+    alike = (x.dtype, weight.dtype, state.dtype, state.device, state.is_contiguous(), taps, activation)
+    return dispatch_alike("short_conv_step", call, alike, backend)

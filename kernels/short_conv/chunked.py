@@ -58,6 +58,7 @@ def short_conv(
     return y, state.transpose(1, 2)
 
 
+@torch.no_grad()
 def short_conv_step(*, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None) -> Tensor:
     """See `kernels.short_conv.short_conv_step`."""
     taps = torch.cat([state, x[..., None]], dim=-1)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import gpu, native
 from ..checks import check_steps, expect, expect_ndim
-from ..dispatch import dispatch, register
+from ..dispatch import dispatch, dispatch_alike, register
 from ..errors import ShapeError
 from .state import SoftmaxState
 
@@ -173,4 +173,6 @@ def softmax_scan_step(
         shapes = ", ".join(str(tuple(x.shape)) for x in state)
         raise ShapeError(f"k has shape {tuple(k.shape)}, v {tuple(v.shape)}, the state {shapes}; they do not fit.")
     call = {"k": k, "v": v, "state": state, "decay": decay, "bonus": bonus}
-    return dispatch("softmax_scan_step", call, backend)
+    alike = (k.dtype, v.dtype, decay is None or decay.dtype, bonus is None or bonus.dtype, k.shape[2])
+    alike += tuple((x.dtype, x.device, x.is_contiguous()) for x in state)
+    return dispatch_alike("softmax_scan_step", call, alike, backend)
