@@ -1,14 +1,17 @@
-"""Norms and MLPs."""
+"""Norms, MLPs, and forget gates whose lower bounds rise over the layers."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .configuration import RecurrentConfig
+from .mixer import Context, SelfInitialised
 
-__all__ = ["MLP", "GroupedNorm", "OffsetRMSNorm", "RMSNorm", "make_norm"]
+__all__ = ["MLP", "GroupedNorm", "LowerBounds", "OffsetRMSNorm", "RMSNorm", "make_norm"]
 
 
 class RMSNorm(nn.Module):
@@ -87,3 +90,42 @@ class MLP(nn.Module):
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x)))
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LowerBounds(SelfInitialised):
+    """Forget gates bounded from below, more tightly the higher the layer (HGRN, Qin et al. 2023, section 3.2).
+
+    f = gamma + (1 - gamma) sigmoid(x), with gamma_l = sum_{0 < j <= l} softmax(logits)_j over the layers, one number a
+    channel: 0 in the first layer, below 1 in the last. To be made in `Mixer.shared`.
+
+    Args:
+        layers: indices of the layers that are bounded, in order. width: channels of the gates.
+    """
+
+    def __init__(self, layers: list[int], width: int):
+        super().__init__()
+        self.rows = {layer_idx: row for row, layer_idx in enumerate(layers)}
+        self.logits = nn.Parameter(torch.zeros(len(layers), width))
+
+    def init_weights(self) -> None:
+        init.zeros_(self.logits)
+
+    def bound(self, layer_idx: int, ctx: Context) -> Tensor:
+        """gamma of a layer, (width,), float32 (float64 in a float64 model)."""
+        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        # With gradients every layer has its own: a checkpointed layer is run again, and must do the same again.
+        weights = None if torch.is_grad_enabled() else ctx.memo.get(self)
+        if weights is None:
+            weights = logits.softmax(0)
+            if not torch.is_grad_enabled():
+                ctx.memo[self] = weights
+        return weights[1 : self.rows[layer_idx] + 1].sum(0)
+
+    def forward(self, x: Tensor, layer_idx: int, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Gate logits x (..., width) -> log f and 1 - f of their shape, float32 (float64 for float64)."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.rows[layer_idx] == 0:
+            return F.logsigmoid(x), torch.sigmoid(-x)
+        gamma = self.bound(layer_idx, ctx)
+        log_forget = torch.logaddexp(gamma.log(), torch.log1p(-gamma) + F.logsigmoid(x))
+        return log_forget, (1 - gamma) * torch.sigmoid(-x)
