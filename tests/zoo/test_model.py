@@ -279,9 +279,9 @@ def test_layers_run_one_by_one_give_the_models_output(stack, make_model):
     model = make_model(stack).model
     seq_ids = torch.tensor([0, 0, 1, 1, 1, 1, 2, 2, 2]).expand(2, -1)
     ctx = model.make_context(2, 9, IDS.device, seq_ids=seq_ids)
-    hidden = model.embed_tokens(IDS)
+    hidden, carried = model.embed_tokens(IDS), None
     for layer in model.layers:
-        hidden, state = layer(hidden, None, ctx)
+        hidden, state, carried = layer(hidden, None, ctx, carried)
         assert state is None
     torch.testing.assert_close(model.norm(hidden), model(IDS, seq_ids=seq_ids).last_hidden_state)
 

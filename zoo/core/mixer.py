@@ -49,8 +49,10 @@ class Context:
         rotary: rotates by positions.
         shared: layer type -> the module that all layers of this type share (`Mixer.shared`).
         in_place: one token a row, no gradients, and nobody else needs the state: a mixer may change it in place.
-        memo: scratch for one call of the model, for values that layers of one kind share (attention masks), or that a
-            layer hands on to later ones (RWKV-7's first values). Layers run in order; a layer may also run alone.
+        memo: scratch for one call of the model, for values without gradients that layers of one kind share (attention
+            masks).
+        carried: what an earlier layer left here for the later ones (RWKV-7's first values), gradients included; None in
+            the first layer and in one that runs alone. A mixer may set it; the block takes and returns it.
     """
 
     mask: Tensor | None
@@ -60,6 +62,7 @@ class Context:
     shared: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False)
     in_place: bool = False
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    carried: Tensor | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass

@@ -5,6 +5,8 @@ B batch, T tokens of the call, D hidden_size, V vocab_size.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 from transformers.generation import GenerationMixin
@@ -58,11 +60,18 @@ class RecurrentBlock(GradientCheckpointingLayer):
         state = self.mixer.init_state(batch, device, dtype)
         return BlockState(state, self.mlp.init_state(batch, device, dtype)) if self.has_states else state
 
-    def forward(self, hidden: Tensor, state: MixerState | None, ctx: Context) -> tuple[Tensor, MixerState | None]:
+    def forward(
+        self, hidden: Tensor, state: MixerState | None, ctx: Context, carried: Tensor | None = None
+    ) -> tuple[Tensor, MixerState | None, Tensor | None]:
+        """The block's output, its state, and what it hands on: `carried`, if its mixer did not set `ctx.carried`.
+
+        That goes through arguments and not through `ctx` alone, so that checkpointing finds its gradient.
+        """
+        ctx = dataclasses.replace(ctx, carried=carried)
         own, channel = (state.mixer, state.channel_mixer) if isinstance(state, BlockState) else (state, None)
         mixed, own = self.mixer(self.input_layernorm(hidden), own, ctx)
         if self.mlp is None:
-            return hidden + mixed, own
+            return hidden + mixed, own, ctx.carried
         residual = hidden if self.parallel_residual else hidden + mixed
         given = self.post_attention_layernorm(residual)
         if self.has_states:
@@ -70,13 +79,17 @@ class RecurrentBlock(GradientCheckpointingLayer):
             own = None if own is None else BlockState(own, channel)
         else:
             given = self.mlp(given)
-        return (given + mixed + hidden if self.parallel_residual else residual + given), own
+        hidden = given + mixed + hidden if self.parallel_residual else residual + given
+        return hidden, own, ctx.carried
 
-    def advance(self, hidden: Tensor, state: MixerState, ctx: Context) -> MixerState | None:
-        """The state after `hidden`, at the cost of the state alone."""
-        return (
-            self(hidden, state, ctx)[1] if self.has_states else self.mixer(self.input_layernorm(hidden), state, ctx)[1]
-        )
+    def advance(
+        self, hidden: Tensor, state: MixerState, ctx: Context, carried: Tensor | None = None
+    ) -> tuple[MixerState | None, Tensor | None]:
+        """The state after `hidden` and what is handed on, at the cost of these alone."""
+        if self.has_states:
+            return self(hidden, state, ctx, carried)[1:]
+        ctx = dataclasses.replace(ctx, carried=carried)
+        return self.mixer(self.input_layernorm(hidden), state, ctx)[1], ctx.carried
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
@@ -186,14 +199,14 @@ class RecurrentModel(RecurrentPreTrainedModel):
         ctx.in_place = plain and cache is not None and not cache.recording
 
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        all_hidden = []
+        all_hidden, carried = [], None
         for i, layer in enumerate(self.layers):
             all_hidden += [hidden] if collect else []
             if cache is None:
-                hidden, _ = layer(hidden, None, ctx)
+                hidden, _, carried = layer(hidden, None, ctx, carried)
             else:
                 cache.record(hidden)
-                hidden, cache.states[i] = layer(hidden, self._state(cache, i, hidden), ctx)
+                hidden, cache.states[i], carried = layer(hidden, self._state(cache, i, hidden), ctx, carried)
         if cache is not None:
             cache.end_recording()
         hidden = self.norm(hidden)
@@ -226,8 +239,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
         """Runs over recorded block inputs what has a state, to bring a cache from a checkpoint to a later state."""
         shape = (inputs[0].shape[0], inputs[0].shape[1])
         ctx = self.context(mask, cache.advance(mask, ids, named, shape, inputs[0].device))
+        carried = None
         for i, (layer, hidden) in enumerate(zip(self.layers, inputs, strict=True)):
-            cache.states[i] = layer.advance(hidden, self._state(cache, i, hidden), ctx)
+            cache.states[i], carried = layer.advance(hidden, self._state(cache, i, hidden), ctx, carried)
 
 
 class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
