@@ -1,0 +1,1 @@
+"""The Llama-style Transformer: the common baseline."""
