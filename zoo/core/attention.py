@@ -1,6 +1,6 @@
 """Attention projections, and the softmax attention layers that hybrids keep.
 
-B batch, T new tokens, P cached tokens, S = P + T, H query heads, Hk key/value heads, d head width.
+B batch, T new tokens, P cached tokens, S = P + T, H query heads, Hk key/value heads, d head width (dv of values).
 """
 
 from __future__ import annotations
@@ -17,29 +17,34 @@ from .layers import RMSNorm
 from .mixer import AttentionWeights, Context, Mixer, MixerState
 from .registry import register_mixer
 
-__all__ = ["AttentionProjections", "FullAttention", "KeyValueState", "SlidingAttention"]
+__all__ = ["AttentionProjections", "FullAttention", "KeyValueState", "SlidingAttention", "copy_weight"]
 
 
 class AttentionProjections(nn.Module):
-    """q, k, v, o of an attention layer, with its biases and q/k norms."""
+    """q, k, v, o of an attention layer, with its biases and q/k norms.
 
-    def __init__(self, config: RecurrentConfig):
+    Args:
+        key_width: channels of a head of q and k. value_width: of v. None: `config.head_dim`, as attention has it.
+    """
+
+    def __init__(self, config: RecurrentConfig, key_width: int | None = None, value_width: int | None = None):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
-        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.key_width, self.value_width = key_width or self.head_dim, value_width or self.head_dim
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, self.num_heads * self.key_width, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.key_width, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.value_width, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.value_width, hidden, bias=config.attention_output_bias)
+        self.q_norm = RMSNorm(self.key_width, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.key_width, config.rms_norm_eps) if config.qk_norm else None
 
     def split(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (B, T, D) -> q (B, T, H, d), k (B, T, Hk, d), v (B, T, Hk, d): normed if configured, not rotated."""
-        q = self.q_proj(hidden).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(hidden).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(hidden).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        """hidden (B, T, D) -> q (B, T, H, d), k (B, T, Hk, d), v (B, T, Hk, dv): normed if configured, not rotated."""
+        q = self.q_proj(hidden).unflatten(-1, (self.num_heads, self.key_width))
+        k = self.k_proj(hidden).unflatten(-1, (self.num_kv_heads, self.key_width))
+        v = self.v_proj(hidden).unflatten(-1, (self.num_kv_heads, self.value_width))
         if self.q_norm is not None:
             # Under autocast the norms' float32 weights would make them wider than v.
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
@@ -61,14 +66,19 @@ class AttentionProjections(nn.Module):
             )
         for name in "qkvo":
             layer = getattr(self, f"{name}_proj")
-            _copy(layer.weight, getattr(weights, name), f"{name}_proj.weight", None)
-            _copy(layer.bias, getattr(weights, f"{name}_bias"), f"{name}_proj.bias", 0.0)
+            copy_weight(layer.weight, getattr(weights, name), f"{name}_proj.weight", None)
+            copy_weight(layer.bias, getattr(weights, f"{name}_bias"), f"{name}_proj.bias", 0.0)
         for name in ("q_norm", "k_norm"):
             norm = getattr(self, name)
-            _copy(None if norm is None else norm.weight, getattr(weights, name), name, 1.0)
+            copy_weight(None if norm is None else norm.weight, getattr(weights, name), name, 1.0)
 
 
-def _copy(target: Tensor | None, source: Tensor | None, name: str, neutral: float | None) -> None:
+def copy_weight(target: Tensor | None, source: Tensor | None, name: str, neutral: float | None) -> None:
+    """Copies a teacher's tensor into ours; one that the teacher lacks is filled with `neutral`.
+
+    Raises:
+        ShapeError: the shapes differ, or one of the two is missing and there is no neutral value.
+    """
     if source is None and target is None:
         return
     if source is None and neutral is not None:
