@@ -23,11 +23,16 @@ TINY: dict[str, dict] = {
     "mamba2": {"ssm_state_size": 6, "ssm_num_heads": 4, "ssm_groups": 2, "ssm_conv_kernel": 3, "intermediate_size": 0},
 }
 # More of them, for architectures whose defaults do not do: a line each.
-TINY |= {}
-# Keys and values in few bits: a variant of a mixer is its name, a colon, and what is different.
+TINY |= {
+    "mamba": {"mamba_state_size": 3, "ssm_conv_kernel": 3, "intermediate_size": 0},
+}
+# A variant of a mixer is its name, a colon, and what is different. Keys and values in few bits:
 TINY["hedgehog:rings"] = TINY["hedgehog"] | {"ring_bits": [8, 4]}
+# As a student of attention, with norms of either kind:
+TINY["mamba:groups"] = {"mamba_inner_size": 32, "mamba_state_size": 8, "mamba_groups": 4, "mamba_kv_groups": 2}
+TINY["mamba:groups"] |= {"attention_bias": True, "qk_norm": True, "mamba_norm_eps": 1e-6}
 HYBRID = ("mamba2", "full_attention", "supra", "sliding_attention")
-STACKS = [(name, name) for name in (*known_mixers(), "hedgehog:rings")] + [HYBRID]
+STACKS = [(name, name) for name in (*known_mixers(), *(name for name in TINY if ":" in name))] + [HYBRID]
 
 
 def tiny_config(stack: tuple[str, ...], heads: int = 4, kv_heads: int = 2, **overrides) -> RecurrentConfig:

@@ -105,7 +105,9 @@ class RecurrentConfig(PreTrainedConfig):
         # Copied: transformers fills the dictionary in place, and the caller may share it with a teacher's config.
         self.rope_parameters = dict(self.rope_parameters) if self.rope_parameters else None
         kwargs = self._adopt_fields(kwargs)
+        layer_types = self.layer_types
         super().__post_init__(**kwargs)
+        self.layer_types = layer_types  # transformers has renamed "mamba" to "linear_attention"
 
     def _adopt_fields(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Gives this configuration the fields of the other architectures that `layer_types` names, then derives."""

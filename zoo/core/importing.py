@@ -80,11 +80,11 @@ class Format:
         name: e.g. "transformers", "fla", "mamba_ssm", "rwkv".
         recognises: (config.json or {}, shapes by tensor name) -> whether a checkpoint is of this format.
         to_ours: the same two -> our configuration; RnnzooError where the architecture cannot do what it asks for.
-        to_theirs: our configuration -> their config.json; RnnzooError where the format cannot express it.
+        to_theirs: our configuration -> their config.json, {} for none; RnnzooError where the format cannot express it.
         rules: our configuration -> the rule of every tensor. `lm_head.weight` must be among them; it is left out where
             the embeddings are tied and the checkpoint has none.
         ignored: regular expression of tensors of theirs that a model does not need.
-        file: name of the one file, if the format is a torch file without config.json.
+        file: name of the one file, if the weights are a torch file.
     """
 
     name: str
@@ -265,6 +265,7 @@ def export_checkpoint(
             torch.save(dict(tensors), folder / own.file)
         else:
             _write_shards(tensors, folder, shard_bytes)
+        if theirs:
             (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
         _copy_along(checkpoint.folder, folder)
     return pathlib.Path(out)

@@ -46,10 +46,7 @@ M = TypeVar("M", bound="type[Mixer]")
 
 
 def register_mixer(name: str):
-    """Class decorator: makes a `Mixer` available as layer type `name`.
-
-    Not "mamba" nor "attention": transformers rewrites these two in `layer_types`.
-    """
+    """Class decorator: makes a `Mixer` available as layer type `name`."""
 
     def register(cls: M) -> M:
         cls.layer_type = name

@@ -1,0 +1,1 @@
+"""Mamba: a selective diagonal state space model."""
