@@ -19,6 +19,7 @@ import yaml
 
 from ..kernels.errors import RnnzooError
 from ..zoo.core.registry import ATTENTION_TYPES
+from ..zoo.core.sizes import causal_lm_class, parameter_count, state_bytes
 from .memory import keep_freed_memory, return_freed_memory
 from .prepare import keep_steps, prepare_recipe
 from .recipes import Recipe, parse_keep
@@ -26,12 +27,9 @@ from .run import FINISHED, Run, alone_in, holds_run, open_run, write_json
 from .student import (
     attention_twin,
     build_student,
-    causal_lm_class,
     continue_from,
     layer_types,
-    state_bytes,
     student_config,
-    student_parameters,
     window_slots,
 )
 from .teachers import TeacherRef, resolve_teacher
@@ -322,7 +320,7 @@ class _Job:
             "name": self.run.out.resolve().name,
             "architecture": self.recipe.student,
             "model_type": config.model_type,
-            "parameters": student_parameters(config, self.recipe.student),
+            "parameters": parameter_count(config),
             "dtype": str(self.dtype).removeprefix("torch."),
             "layer_types": config.layer_types,
             "state_bytes": state_bytes(config, self.dtype),

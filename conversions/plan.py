@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from ..zoo.core.registry import ATTENTION_TYPES
+from ..zoo.core.sizes import parameter_count, state_bytes
 from .prepare import keep_steps, prepare_recipe
 from .recipes import parse_keep
-from .student import layer_types, state_bytes, student_config, student_parameters
+from .student import layer_types, student_config
 from .teachers import resolve_teacher
 
 __all__ = ["Plan", "make_plan"]
@@ -71,7 +72,7 @@ def make_plan(
                 "licence": found.licence or "not stated",
             },
             "parameters": found.parameters,
-            "student_parameters": student_parameters(student, chosen.student),
+            "student_parameters": parameter_count(student),
             "recipe": {"name": chosen.name, "student": chosen.student, "steps": keep_steps(chosen, len(types))},
             "kept_attention": kept,
             "state_bytes": state,

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 
 from ..kernels.errors import RnnzooError
 from ..zoo.core.mixer import AttentionWeights
 from ..zoo.core.registry import ATTENTION_TYPES, config_class
+from ..zoo.core.sizes import causal_lm_class, state_bytes
 from .recipes import Recipe
 
 if TYPE_CHECKING:
@@ -24,12 +24,9 @@ if TYPE_CHECKING:
 __all__ = [
     "attention_twin",
     "build_student",
-    "causal_lm_class",
     "continue_from",
     "layer_types",
-    "state_bytes",
     "student_config",
-    "student_parameters",
     "window_slots",
 ]
 
@@ -62,22 +59,6 @@ def student_config(teacher: TeacherRef, recipe: Recipe, types: list[str], **opti
     return config
 
 
-def causal_lm_class(mixer: str) -> type[RecurrentForCausalLM]:
-    """The model class of an architecture; the generic one for attention."""
-    import importlib
-
-    from ..zoo.core.modeling import RecurrentForCausalLM
-
-    if mixer in ATTENTION_TYPES:
-        return RecurrentForCausalLM
-    module = importlib.import_module(f"..zoo.{mixer}.modeling_{mixer}", __package__)
-    return next(
-        cls
-        for cls in vars(module).values()
-        if isinstance(cls, type) and issubclass(cls, RecurrentForCausalLM) and cls.__module__ == module.__name__
-    )
-
-
 def build_student(
     teacher: TeacherRef, model: PreTrainedModel, config: RecurrentConfig, mixer: str, dtype: torch.dtype, seed: int
 ) -> RecurrentForCausalLM:
@@ -101,25 +82,6 @@ def attention_twin(teacher: TeacherRef, model: PreTrainedModel, dtype: torch.dty
     types = teacher.family.attention_types(teacher.config)
     twin = build_student(teacher, model, student_config(teacher, recipe, types), "full_attention", dtype, 0)
     return twin.eval().requires_grad_(False)
-
-
-def student_parameters(config: RecurrentConfig, mixer: str) -> int:
-    """Parameters of a student, tied ones once; computed without allocating weights."""
-    with torch.device("meta"):
-        return causal_lm_class(mixer)(config).num_parameters()
-
-
-def state_bytes(config: RecurrentConfig, dtype: torch.dtype) -> int:
-    """Bytes of state of all layers that are not attention, for one sequence; computed without allocating weights."""
-    from ..zoo.core.registry import mixer_class
-
-    total = 0
-    with torch.device("meta"):
-        for i, name in enumerate(config.layer_types):
-            if name not in ATTENTION_TYPES:
-                layer: nn.Module = mixer_class(name)(config, i)
-                total += layer.init_state(1, torch.device("meta"), dtype).num_bytes()
-    return total
 
 
 def window_slots(teacher: TeacherRef, recipe: Recipe, types: list[str], dtype: torch.dtype) -> int:

@@ -11,13 +11,13 @@ from rnnzoo.conversions.student import (
     build_student,
     continue_from,
     layer_types,
-    state_bytes,
     student_config,
     window_slots,
 )
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.cache import RecurrentCache
+from rnnzoo.zoo.core.sizes import state_bytes
 
 from .tiny import TINY_FAMILIES, tiny_teacher
 

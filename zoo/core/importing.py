@@ -24,6 +24,7 @@ from torch import Tensor
 from ...kernels.errors import RnnzooError
 from .configuration import RecurrentConfig
 from .registry import architectures, config_class
+from .sizes import causal_lm_class
 
 __all__ = ["Format", "Rule", "export_checkpoint", "formats", "import_checkpoint", "importable", "joined", "renamed"]
 
@@ -201,7 +202,7 @@ def import_checkpoint(
         what = f"Expected a checkpoint of {architecture}" if format is None else f"'{format}' is no known format"
         raise RnnzooError(f"{what}; got model_type {kind!r} in {checkpoint.source}. Known formats: {', '.join(known)}.")
     config = own.to_ours(checkpoint.config, checkpoint.shapes)
-    cls = _causal_lm(architecture)
+    cls = causal_lm_class(architecture)
     config.architectures = [cls.__name__]
     rules = _without_tied_head(own.rules(config), config, checkpoint.shapes)
     _check_names(
@@ -269,13 +270,6 @@ def export_checkpoint(
             (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
         _copy_along(checkpoint.folder, folder)
     return pathlib.Path(out)
-
-
-def _causal_lm(architecture: str) -> type:
-    module = importlib.import_module(f"...{architecture}.modeling_{architecture}", __name__)
-    cls = config_class(architecture)
-    assert cls is not None
-    return getattr(module, f"{cls.__name__.removesuffix('Config')}ForCausalLM")
 
 
 def _without_tied_head(

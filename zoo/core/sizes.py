@@ -1,0 +1,62 @@
+"""What a model will be, before it is built: its class, its parameters, its bytes of state. No weights are allocated."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from .configuration import RecurrentConfig
+from .registry import ATTENTION_TYPES
+
+if TYPE_CHECKING:
+    from .modeling import RecurrentForCausalLM
+
+__all__ = ["architecture_config", "causal_lm_class", "parameter_count", "state_bytes", "window_bytes"]
+
+
+def causal_lm_class(architecture: str) -> type[RecurrentForCausalLM]:
+    """The model class of an architecture; the generic one for attention."""
+    from .modeling import RecurrentForCausalLM
+
+    if architecture in ATTENTION_TYPES:
+        return RecurrentForCausalLM
+    module = importlib.import_module(f"...{architecture}.modeling_{architecture}", __name__)
+    return next(
+        cls
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, RecurrentForCausalLM) and cls.__module__ == module.__name__
+    )
+
+
+def architecture_config(architecture: str) -> type[RecurrentConfig]:
+    """The configuration class of an architecture, whichever mixer it names."""
+    found = causal_lm_class(architecture).config_class
+    assert found is not None and issubclass(found, RecurrentConfig)
+    return found
+
+
+def parameter_count(config: RecurrentConfig) -> int:
+    """Parameters of a causal language model, tied ones once."""
+    from .modeling import RecurrentForCausalLM
+
+    with torch.device("meta"):
+        return RecurrentForCausalLM(config).num_parameters()
+
+
+def state_bytes(config: RecurrentConfig, dtype: torch.dtype) -> int:
+    """Bytes of all states but keys and values of attention, for one sequence, in a model of `dtype`."""
+    from .modeling import RecurrentBlock
+
+    meta = torch.device("meta")
+    with meta:
+        blocks = [RecurrentBlock(config, i) for i in range(config.num_hidden_layers)]
+        return sum(block.init_state(1, meta, dtype).num_bytes() for block in blocks)
+
+
+def window_bytes(config: RecurrentConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of all sliding-window attention layers, their windows full, for one sequence."""
+    layers = config.layer_types.count("sliding_attention")
+    tokens = (config.sliding_window or 1) - 1
+    return layers * tokens * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
