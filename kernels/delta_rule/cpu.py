@@ -115,11 +115,12 @@ def delta_rule_step(
     decay = 0
     if g is not None:
         decay, g = 1 if g.shape[2] == 1 else 2, g.float().contiguous()
-    o = torch.empty((batch, q.shape[1], values), dtype=v.dtype)
+    groups = q.shape[1] // heads
+    o = torch.empty_like(v) if groups == 1 else v.new_empty(batch, q.shape[1], values)
     threads = 1 if batch * heads * keys * values < STEP_PARALLEL_FLOATS else torch.get_num_threads()
     _step()(
         *(q.data_ptr(), k.data_ptr(), v.data_ptr(), a.data_ptr(), b.data_ptr(), None if g is None else g.data_ptr()),
-        *(state.data_ptr(), o.data_ptr(), batch * heads, q.shape[1] // heads, keys, values, decay),
+        *(state.data_ptr(), o.data_ptr(), batch * heads, groups, keys, values, decay),
         *(v.dtype == torch.bfloat16, threads, scale),
     )
     return o if o.dtype == dtype else o.to(dtype)

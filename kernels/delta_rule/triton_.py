@@ -8,12 +8,14 @@ columns are kept for each block of them, and added in order at the end.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gpu import tuned
 from ..operators import contiguous, needs_gradient
 from ..steps import step_codes
 from .shapes import CHUNK, empty_gradients, empty_outputs, gradients, remember, same_dtype
@@ -169,10 +171,14 @@ def delta_rule(
     return o.to(output_dtype), state
 
 
-def _blocks(keys: int, values: int, most: int) -> tuple[int, int]:
-    """Rows and columns of a program's state: all of the rows, and so many columns that the registers hold it."""
-    rows = max(16, triton.next_power_of_2(keys))
-    return rows, min(max(16, triton.next_power_of_2(values)), max(16, most // rows))
+def _sizes(kernel: str, q: Tensor, v: Tensor, most: int, launch: Callable[[dict[str, int]], None]) -> dict[str, int]:
+    """Rows and columns of a program's state, and warps: all rows, and so many columns that the registers hold it."""
+    rows = max(16, triton.next_power_of_2(q.shape[-1]))
+    columns = min(max(16, triton.next_power_of_2(v.shape[-1])), max(16, most // rows))
+    rule = {"rows": rows, "columns": columns, "num_warps": 4 if rows < 128 else 8}
+    others = [rule | {"columns": width, "num_warps": warps} for width in (16, 32, 64) for warps in (2, 4, 8)]
+    key = q.shape[-1], v.shape[-1], str(v.dtype)
+    return tuned(f"delta_rule {kernel}", key, rule, others, launch)
 
 
 def _decay(g: Tensor | None) -> int:
@@ -195,14 +201,17 @@ def forward(
     """(o, final state, states before each chunk: what backward needs; empty unless `keep`)."""
     outputs = empty_outputs(q, k, v, a, b, g, initial, codes, scale, keep)
     batch, time, heads, values = v.shape
-    rows, columns = _blocks(q.shape[-1], values, 2048)
     initial = None if initial is None else initial.to(torch.float32)
     tensors = contiguous(q, k, v, a, b, g, initial, codes)
-    flags = (initial is not None, codes is not None, keep, _decay(g), q.shape[2] // heads, CHUNK, rows, columns)
+    flags = initial is not None, codes is not None, keep, _decay(g), q.shape[2] // heads, CHUNK
+
+    def launch(sizes: dict[str, int]) -> None:
+        grid = batch * heads, triton.cdiv(values, sizes["columns"])
+        arguments = *tensors, *outputs, scale, time, heads, q.shape[-1], values, *flags
+        forward_kernel[grid](*arguments, sizes["rows"], sizes["columns"], num_warps=sizes["num_warps"])
+
     with torch.cuda.device_of(v):
-        forward_kernel[(batch * heads, triton.cdiv(values, columns))](
-            *tensors, *outputs, scale, time, heads, q.shape[-1], values, *flags, num_warps=4 if rows < 128 else 8
-        )
+        launch(_sizes("forward", q, v, 2048, launch))
     return outputs
 
 
@@ -223,20 +232,25 @@ def backward(
     """Gradients of q, k, v, a, b, g (empty without one) and the initial state."""
     dq, dk, dv, da, db, dg, d_initial = empty_gradients(q, k, v, a, b, g, codes, kept, d_out, d_state, scale)
     batch, time, heads, values = v.shape
-    rows, columns = _blocks(q.shape[-1], values, 4096)
-    blocks = triton.cdiv(values, columns)
     sums = [dq, dk, da, db, dg]
-    parts = sums if blocks == 1 else [x.new_empty(blocks, *x.shape, dtype=torch.float32) for x in sums]
-    scratch = kept.new_empty(batch * heads * blocks * CHUNK * rows * columns)
     tensors = contiguous(q, k, v, a, b, g, codes, kept, d_out, d_state)
-    flags = (codes is not None, _decay(g), q.shape[2] // heads, CHUNK, rows, columns)
-    with torch.cuda.device_of(v):
+    flags = codes is not None, _decay(g), q.shape[2] // heads, CHUNK
+
+    def launch(sizes: dict[str, int]) -> list[Tensor]:
+        rows, columns = sizes["rows"], sizes["columns"]
+        blocks = triton.cdiv(values, columns)
+        parts = sums if blocks == 1 else [x.new_empty(blocks, *x.shape, dtype=torch.float32) for x in sums]
+        scratch = kept.new_empty(batch * heads * blocks * CHUNK * rows * columns)
         backward_kernel[(batch * heads, blocks)](
             *(*tensors, scratch, *parts[:2], dv, *parts[2:], d_initial),
-            *(scale, batch, time, heads, q.shape[-1], values, *flags),
-            num_warps=4 if rows < 128 else 8,
+            *(scale, batch, time, heads, q.shape[-1], values, *flags, rows, columns),
+            num_warps=sizes["num_warps"],
         )
-    if blocks > 1:
+        return parts
+
+    with torch.cuda.device_of(v):
+        parts = launch(_sizes("backward", q, v, 4096, launch))
+    if parts is not sums:
         dq, dk, da, db, dg = (part.sum(0).to(x.dtype) for part, x in zip(parts, sums, strict=True))
     return dq, dk, dv, da, db, dg, d_initial
 

@@ -66,7 +66,7 @@ def gated_linear_attention_step(
     if bonus is not None:
         bonus = bonus.float().contiguous()
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    o = v.new_empty(batch, heads, v.shape[2])
+    o = torch.empty_like(v) if v.shape[1] == heads else v.new_empty(batch, heads, v.shape[2])
     _step()(
         *(q.data_ptr(), k.data_ptr(), v.data_ptr(), None if g is None else g.data_ptr()),
         *(None if bonus is None else bonus.data_ptr(), state.data_ptr(), o.data_ptr()),

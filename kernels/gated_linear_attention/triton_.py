@@ -6,13 +6,14 @@ for each step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..gpu import interpreted
+from ..gpu import interpreted, tuned
 from ..operators import needs_gradient
 from ..steps import step_codes
 from .linear_part import divide
@@ -77,15 +78,20 @@ def forward(
     o, state, kept = _empty_outputs(q, k, v, g, initial, codes, scale, late, keep)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     initial = None if initial is None else initial.contiguous()
-    numbers, constants, grid = _launch(q, v, g, codes, late)
-    with torch.cuda.device_of(q):
-        forward_kernel[grid](
+    numbers, constants = _arguments(q, v, g, codes, late)
+
+    def launch(sizes: dict[str, int]) -> None:
+        forward_kernel[_grid(v, sizes)](
             *(q, k, v, q if g is None else g, q if initial is None else initial, q if codes is None else codes),
             *(o, state, kept, scale, *numbers),
             **constants,
+            **sizes,
             HAS_INITIAL=initial is not None,
             KEEP=keep,
         )
+
+    with torch.cuda.device_of(q):
+        launch(_sizes("forward", q, v, launch))
     return o, state, kept
 
 
@@ -117,19 +123,25 @@ def backward(
     """Gradients of q, k, v, g (empty without g) and the initial state."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     do, dstate = do.contiguous(), dstate.contiguous()
-    numbers, constants, grid = _launch(q, v, g, codes, late)
+    numbers, constants = _arguments(q, v, g, codes, late)
     batch, time, kv_heads = k.shape[:3]
-    blocks = grid[1]
-    dq, dk = (x.new_empty(blocks, *x.shape, dtype=torch.float32) for x in (q, k))
     dv, dinitial = torch.empty_like(v), torch.empty_like(dstate)
     each = (k.shape[3],) if constants["CHANNELS"] else ()
-    dg = q.new_empty(blocks if g is not None else 0, batch, time, kv_heads, *each, dtype=torch.float32)
-    with torch.cuda.device_of(q):
+
+    def launch(sizes: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
+        grid = _grid(v, sizes)
+        dq, dk = (x.new_empty(grid[1], *x.shape, dtype=torch.float32) for x in (q, k))
+        dg = q.new_empty(grid[1] if g is not None else 0, batch, time, kv_heads, *each, dtype=torch.float32)
         backward_kernel[grid](
             *(q, k, v, q if g is None else g, q if codes is None else codes, kept, do, dstate),
             *(dq, dk, dv, dg, dinitial, scale, batch, *numbers),
             **constants,
+            **sizes,
         )
+        return dq, dk, dg
+
+    with torch.cuda.device_of(q):
+        dq, dk, dg = launch(_sizes("backward", q, v, launch))
     if g is None:
         dg = dg.sum(0)[:0]
     elif g.ndim == 1:
@@ -147,23 +159,39 @@ def _empty_gradients(q, k, v, g, codes, kept, do, dstate, scale, late):
     return like(q), like(k), like(v), q.new_empty(0) if g is None else like(g), like(dstate)
 
 
-def _launch(
-    q: Tensor, v: Tensor, g: Tensor | None, codes: Tensor | None, late: bool
-) -> tuple[tuple[int, ...], dict[str, Any], tuple[int, int]]:
-    """What both kernels take alike: sizes and strides, constants, the grid.
+def _sizes(kernel: str, q: Tensor, v: Tensor, launch: Callable[[dict[str, int]], Any]) -> dict[str, int]:
+    """Columns of a program's state, and warps: it holds two states in registers, so a wide one is cut into blocks."""
+    columns, block_k = v.shape[3], _rows(q)
+    # Widths such as 65 (64 and a normaliser) take one block more, not one twice as wide.
+    block_v = max(16, min(triton.next_power_of_2(columns), 64, 8192 // block_k))
+    if columns > 16 and triton.next_power_of_2(columns) - columns >= columns // 2:
+        block_v = min(block_v, triton.next_power_of_2(columns) // 2)
+    rule = {"V": block_v}
+    if interpreted():
+        return rule
+    rule |= {"num_warps": 4 if block_k * block_v <= 4096 else 8}
+    others = [{"V": width, "num_warps": warps} for width in (16, 32, 64, 128) for warps in (2, 4, 8)]
+    key = q.shape[3], columns, str(v.dtype)
+    return tuned(f"gated_linear_attention {kernel}", key, rule, others, launch)
 
-    A program holds two states in registers, so a wide state is cut into blocks of columns.
-    """
+
+def _rows(q: Tensor) -> int:
+    return max(16, triton.next_power_of_2(q.shape[3]))
+
+
+def _grid(v: Tensor, sizes: dict[str, int]) -> tuple[int, int]:
+    return v.shape[0] * v.shape[2], triton.cdiv(v.shape[3], sizes["V"])
+
+
+def _arguments(
+    q: Tensor, v: Tensor, g: Tensor | None, codes: Tensor | None, late: bool
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """What both kernels take alike: sizes and strides, and constants."""
     batch, time, heads, width = q.shape
     kv_heads, columns = v.shape[2:]
     strides = (0, 0, 0, 0)
     if g is not None:
         strides = (0, 0, g.stride(0), 0) if g.ndim == 1 else (*g.stride()[:3], g.stride(3) if g.shape[3] > 1 else 0)
-    block_k = max(16, triton.next_power_of_2(width))
-    # Widths such as 65 (64 and a normaliser) take one block more, not one twice as wide.
-    block_v = max(16, min(triton.next_power_of_2(columns), 64, 8192 // block_k))
-    if columns > 16 and triton.next_power_of_2(columns) - columns >= columns // 2:
-        block_v = min(block_v, triton.next_power_of_2(columns) // 2)
     constants = {
         "HAS_G": g is not None,
         "CHANNELS": g is not None and g.ndim == 4 and g.shape[3] > 1,
@@ -171,14 +199,12 @@ def _launch(
         "LATE": late,
         "GROUP": heads // kv_heads,
         "L": CHUNK,
-        "K": block_k,
-        "V": block_v,
+        "K": _rows(q),
         "EVERY": KEPT,
     }
     if not interpreted():
-        constants |= {"num_warps": 4 if block_k * block_v <= 4096 else 8, "num_stages": 1}
-    grid = (batch * kv_heads, -(-columns // block_v))
-    return (time, heads, kv_heads, width, columns, *strides), constants, grid
+        constants |= {"num_stages": 1}
+    return (time, heads, kv_heads, width, columns, *strides), constants
 
 
 def _remember(ctx, inputs, output):

@@ -6,11 +6,14 @@ forward kept, into a scratch of one chunk for each program. Complex numbers are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gpu import tuned
 from ..operators import needs_gradient
 from ..steps import step_codes
 from .operators import CHUNK, empty_gradients, empty_outputs, register_autograd
@@ -142,9 +145,14 @@ def linear_scan(
     return h, state
 
 
-def _block(channels: int) -> int:
-    """Channels a program: enough programs to fill a GPU, one warp at least."""
-    return min(64, max(32, triton.next_power_of_2(channels)))
+CANDIDATES = [{"block": block, "num_warps": warps} for block, warps in ((32, 1), (128, 1), (128, 2), (256, 4))]
+
+
+def _sizes(kernel: str, x: Tensor, launch: Callable[[dict[str, int]], None]) -> dict[str, int]:
+    """Channels a program and warps; by rule enough programs to fill a GPU, of one warp."""
+    channels = x.shape[2]
+    rule = {"block": min(64, max(32, triton.next_power_of_2(channels))), "num_warps": 1}
+    return tuned(f"linear_scan {kernel}", (channels, str(x.dtype)), rule, CANDIDATES, launch)
 
 
 def _real(x: Tensor | None) -> Tensor | None:
@@ -162,12 +170,16 @@ def forward(
     """(h, final state, states before each chunk: what backward needs; empty unless `keep`)."""
     h, state, kept = empty_outputs(a, x, initial, codes, keep)
     batch, time, channels = x.shape
-    block = _block(channels)
     initial = None if initial is None else initial.to(state.dtype)
     tensors = [_real(tensor) for tensor in (a, x, initial, codes, h, state, kept)]
-    flags = initial is not None, codes is not None, keep, x.is_complex(), CHUNK, block
+    flags = initial is not None, codes is not None, keep, x.is_complex(), CHUNK
+
+    def launch(sizes: dict[str, int]) -> None:
+        grid = batch, triton.cdiv(channels, sizes["block"])
+        forward_kernel[grid](*tensors, time, channels, *flags, sizes["block"], num_warps=sizes["num_warps"])
+
     with torch.cuda.device_of(x):
-        forward_kernel[(batch, triton.cdiv(channels, block))](*tensors, time, channels, *flags, num_warps=1)
+        launch(_sizes("forward", x, launch))
     return h, state, kept
 
 
@@ -178,13 +190,18 @@ def backward(
     """Gradients of a, x and the initial state."""
     da, dx, dinitial = empty_gradients(a, x, codes, kept, dh, dstate)
     batch, time, channels = x.shape
-    block = _block(channels)
-    blocks = triton.cdiv(channels, block)
-    scratch = kept.new_empty(batch * blocks * CHUNK * block)
-    tensors = [_real(tensor) for tensor in (a, x, codes, kept, dh, dstate, scratch, da, dx, dinitial)]
-    flags = codes is not None, x.is_complex(), CHUNK, block
+    tensors = [_real(tensor) for tensor in (a, x, codes, kept, dh, dstate)]
+    gradients = [_real(tensor) for tensor in (da, dx, dinitial)]
+
+    def launch(sizes: dict[str, int]) -> None:
+        block, blocks = sizes["block"], triton.cdiv(channels, sizes["block"])
+        scratch = _real(kept.new_empty(batch * blocks * CHUNK * block))
+        flags = codes is not None, x.is_complex(), CHUNK, block
+        arguments = *tensors, scratch, *gradients, time, channels, *flags
+        backward_kernel[(batch, blocks)](*arguments, num_warps=sizes["num_warps"])
+
     with torch.cuda.device_of(x):
-        backward_kernel[(batch, blocks)](*tensors, time, channels, *flags, num_warps=1)
+        launch(_sizes("backward", x, launch))
     return da, dx, dinitial
 
 
