@@ -1,0 +1,100 @@
+"""flash-linear-attention's checkpoints: a plain loop over their tensors, by their names, gives our model's logits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file
+
+from rnnzoo.kernels.errors import RnnzooError
+from rnnzoo.zoo.core.importing import export_checkpoint, import_checkpoint
+from rnnzoo.zoo.core.registry import config_class
+
+
+def rms(x, weight, eps=1e-6):
+    return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def causal(x, weight):
+    """x (T, C), weight (C, 1, taps) -> (T, C): y_t = sum_j weight_j x_{t - taps + 1 + j}."""
+    taps, past = weight.shape[-1], torch.cat([x.new_zeros(weight.shape[-1] - 1, x.shape[1]), x])
+    return sum(past[j : j + len(x)] * weight[:, 0, j] for j in range(taps))
+
+
+def unit(x):
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def hgrn2(w, x, config, layer, model):
+    heads = config["hidden_size"] // config["expand_ratio"]
+    f = torch.sigmoid(x @ w["f_proj.weight"].T)
+    if config["use_lower_bound"]:
+        weights = model["model.lower_bounds"].softmax(0)
+        bound = weights[: layer + 1].sum(0) - weights[0]
+        f = bound + (1 - bound) * f
+    q, i = F.silu(x @ w["q_proj.weight"].T), x @ w["i_proj.weight"].T
+    q, f, i = (y.unflatten(-1, (heads, -1)) for y in (q, f, i))
+    state, out = x.new_zeros(heads, q.shape[-1], i.shape[-1]), []
+    for t in range(len(x)):
+        state = f[t, :, :, None] * state + (1 - f[t])[:, :, None] * i[t, :, None]
+        out.append(torch.einsum("hk,hkv->hv", q[t], state).flatten() * q.shape[-1] ** -0.5)
+    return rms(torch.stack(out), w["g_norm.weight"]) @ w["o_proj.weight"].T
+
+
+MIXERS = {
+    "hgrn2": (hgrn2, {}),
+    "hgrn2:unbounded": (hgrn2, {"hgrn2_lower_bounds": False, "hgrn2_key_dim": 8}),
+}
+
+
+def logits(folder, mixer, ids):
+    """A whole model of theirs, in float64; ids (T,)."""
+    config = json.loads((folder / "config.json").read_text())
+    model = {name: x.double() for name, x in load_file(folder / "model.safetensors").items()}
+    x = model["model.embeddings.weight"][ids]
+    for i in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{i}."
+        w = {name.removeprefix(prefix): y for name, y in model.items() if name.startswith(prefix)}
+        attn = {name.removeprefix("attn."): y for name, y in w.items() if name.startswith("attn.")}
+        x = x + mixer(attn, rms(x, w["attn_norm.weight"]), config, i, model)
+        y = rms(x, w["mlp_norm.weight"])
+        y = F.silu(y @ w["mlp.gate_proj.weight"].T) * (y @ w["mlp.up_proj.weight"].T)
+        x = x + y @ w["mlp.down_proj.weight"].T
+    return rms(x, model["model.norm.weight"]) @ model["lm_head.weight"].T
+
+
+def write(kind, folder):
+    """A random model of ours in their format."""
+    architecture, (mixer, fields) = kind.split(":")[0], MIXERS[kind]
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "rms_norm_eps": 1e-6}
+    config = config_class(architecture)(**sizes, initializer_range=0.2, **fields)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.rand_like(parameter)
+    model.save_pretrained(folder / "ours")
+    return model, mixer, export_checkpoint(folder / "ours", "fla", folder / "theirs")
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@torch.no_grad()
+def test_a_plain_loop_over_their_tensors_gives_our_logits(kind, tmp_path):
+    _, mixer, theirs = write(kind, tmp_path)
+    out = import_checkpoint(theirs, kind.split(":")[0], tmp_path / "back")
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64).eval()
+    ids = torch.randint(0, 61, (23,), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(ids[None]).logits[0], logits(theirs, mixer, ids), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MIXERS if ":" not in kind])
+def test_settings_that_we_do_not_know_are_refused_by_name(kind, tmp_path):
+    _, _, theirs = write(kind, tmp_path)
+    config = json.loads((theirs / "config.json").read_text())
+    for name, value in (("attn", {"layers": [0]}), ("hidden_act", "gelu"), ("attnres_block_size", 2)):
+        (theirs / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(RnnzooError, match=name):
+            import_checkpoint(theirs, kind, tmp_path / "back")

@@ -1,0 +1,133 @@
+"""What the checkpoints of flash-linear-attention have in common, whatever the mixer: settings and tensor names.
+
+Facts of release 0.6: a model has `embeddings`, `layers.N.attn_norm`, `.attn`, `.mlp_norm`, `.mlp`, and `norm`; its
+config.json may leave out what equals a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from ...kernels.errors import RnnzooError
+from .configuration import RecurrentConfig
+from .importing import Rule, renamed
+
+__all__ = ["fla_config", "fla_fields", "fla_rules", "fla_values"]
+
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "hidden_ratio": 4,
+    "intermediate_size": None,
+    "hidden_act": "swish",
+    "norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn": None,
+    "attnres_block_size": None,
+}
+SAME = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "initializer_range",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+def fla_values(source: Mapping[str, Any], own: Mapping[str, Any], refused: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of a model, defaults filled in.
+
+    Args:
+        source: config.json. own: settings of the architecture and their defaults (others than `DEFAULTS` too).
+        refused: settings that must have this value, because our mixer knows no other.
+    Raises:
+        RnnzooError: a setting that the zoo cannot express.
+    """
+    values = DEFAULTS | own | refused
+    values |= {name: source[name] for name in values if name in source}
+    for name, only in ({"attn": None, "attnres_block_size": None} | dict(refused)).items():
+        if values[name] != only and not (only is None and not values[name]):
+            raise RnnzooError(f"This checkpoint has {name}={values[name]!r}, but only {name}={only!r} can be imported.")
+    if values["hidden_act"] not in ("swish", "silu"):
+        raise RnnzooError(f"This checkpoint has hidden_act={values['hidden_act']!r}, but its MLP is defined with SiLU.")
+    return values
+
+
+def fla_fields(values: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `RecurrentConfig` for the settings of `fla_values`."""
+    width = values["intermediate_size"]
+    if width is None:
+        width = -(-int(values["hidden_size"] * (values["hidden_ratio"] or 4) * 2 / 3) // 256) * 256
+    dtype = source.get("dtype", source.get("torch_dtype"))
+    return {name: values[name] for name in SAME} | {
+        "intermediate_size": width,
+        "rms_norm_eps": values["norm_eps"],
+        "dtype": dtype,
+    }
+
+
+def fla_config(config: RecurrentConfig, model_type: str, class_name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a model whose layers are all of one kind.
+
+    Args:
+        own: settings of the architecture. class_name: without "ForCausalLM".
+    Raises:
+        RnnzooError: the format cannot express the configuration.
+    """
+    plain = {
+        "channel_mixer": "mlp",
+        "norm_type": "rms",
+        "mlp_type": "gated",
+        "hidden_act": "silu",
+        "embedding_norm": False,
+        "embedding_scale": None,
+        "logit_cap": None,
+        "attention_bias": False,
+        "attention_output_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "parallel_residual": False,
+    }
+    for name, only in plain.items():
+        if getattr(config, name) != only:
+            raise RnnzooError(f"FLA's format has no place for {name}={getattr(config, name)!r}.")
+    if set(config.layer_types or ()) != {config.mixer} or not config.intermediate_size:
+        raise RnnzooError("FLA's format has neither layers of other kinds nor blocks without an MLP.")
+    return (
+        {"architectures": [f"{class_name}ForCausalLM"], "model_type": model_type, "hidden_act": "swish"}
+        | {name: getattr(config, name) for name in SAME}
+        | {"intermediate_size": config.intermediate_size, "norm_eps": config.rms_norm_eps}
+        | dict(own)
+        | {"dtype": str(config.dtype).removeprefix("torch.")}
+    )
+
+
+def fla_rules(config: RecurrentConfig, mixer: Iterable[Rule]) -> Iterator[Rule]:
+    """Rules of a whole model.
+
+    Args:
+        mixer: those of one layer's mixer, with names below `mixer.` and `attn.`.
+    """
+    yield Rule(("model.embed_tokens.weight",), ("model.embeddings.weight",))
+    yield Rule(("model.norm.weight",), ("model.norm.weight",))
+    yield Rule(("lm_head.weight",), ("lm_head.weight",))
+    names = {"input_layernorm.weight": "attn_norm.weight", "post_attention_layernorm.weight": "mlp_norm.weight"}
+    names |= {f"mlp.{part}_proj.weight": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    rules = list(mixer)
+    for i in range(config.num_hidden_layers):
+        prefix = f"model.layers.{i}."
+        yield from renamed(prefix, prefix, names)
+        for rule in rules:
+            ours = tuple(f"{prefix}mixer.{name}" for name in rule.ours)
+            yield Rule(ours, tuple(f"{prefix}attn.{name}" for name in rule.theirs), rule.to_ours, rule.to_theirs)
