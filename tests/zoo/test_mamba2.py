@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from rnnzoo.kernels.errors import RnnzooError, ShapeError
-from rnnzoo.zoo.core.importing import import_checkpoint, importable
+from rnnzoo.zoo.core.importing import export_checkpoint, import_checkpoint, importable
 from rnnzoo.zoo.core.mixer import AttentionWeights
 from rnnzoo.zoo.mamba2.configuration_mamba2 import Mamba2Config
 from rnnzoo.zoo.mamba2.modeling_mamba2 import Mamba2ForCausalLM, Mamba2Mixer
@@ -45,7 +45,7 @@ def test_an_imported_checkpoint_gives_equal_logits_and_generations(original, tmp
     ids = torch.randint(3, 67, (2, 21))
     torch.testing.assert_close(ours(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     if model.config.time_step_limit[0] == 0:  # transformers' one-token step forgets the limits
-        arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        arguments = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(ours.generate(ids, **arguments), model.generate(ids, **arguments))
 
 
@@ -67,6 +67,28 @@ def test_import_refuses_what_it_cannot_read(original, tmp_path):
     with pytest.raises(RnnzooError, match="cannot be read"):
         import_checkpoint(folder, "mamba2", tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["original"]
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_the_authors_package_is_read(tmp_path):
+    torch.manual_seed(3)
+    model = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**SIZES, n_groups=1, state_size=16)).eval()
+    tensors = {name.replace("embeddings", "embedding"): x for name, x in model.state_dict().items()}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    # As state-spaces/mamba2-130m has it, and smaller.
+    config = {"d_model": 32, "d_intermediate": 0, "n_layer": 3, "vocab_size": 67, "attn_layer_idx": [], "attn_cfg": {}}
+    config |= {"ssm_cfg": {"layer": "Mamba2", "headdim": 16, "d_state": 16}, "rms_norm": True, "residual_in_fp32": True}
+    config |= {"fused_add_norm": True, "pad_vocab_size_multiple": 16, "tie_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    new = import_checkpoint(tmp_path, "mamba2", tmp_path / "new")
+    ours = transformers.AutoModelForCausalLM.from_pretrained(new)
+    ids = torch.randint(3, 67, (2, 9))
+    torch.testing.assert_close(ours(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    written = json.loads((export_checkpoint(new, "mamba_ssm", tmp_path / "back") / "config.json").read_text())
+    assert config["ssm_cfg"].items() <= written["ssm_cfg"].items() and not written["tie_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}))
+    with pytest.raises(RnnzooError, match="D_has_hdim"):
+        import_checkpoint(tmp_path, "mamba2", tmp_path / "other")
 
 
 def student_config(**fields) -> Mamba2Config:

@@ -8,6 +8,8 @@ from ..core.configuration import RecurrentConfig
 
 __all__ = ["Mamba2Config"]
 
+_PAPER = {"vocab_size": 50288, "tie_word_embeddings": True}
+
 
 @strict
 class Mamba2Config(RecurrentConfig):
@@ -31,6 +33,13 @@ class Mamba2Config(RecurrentConfig):
 
     model_type = "rnnzoo-mamba2"
     mixer = "mamba2"
+    sizes = {
+        "130M": {"hidden_size": 768, "num_hidden_layers": 24} | _PAPER,
+        "370M": {"hidden_size": 1024, "num_hidden_layers": 48} | _PAPER,
+        "780M": {"hidden_size": 1536, "num_hidden_layers": 48} | _PAPER,
+        "1.3B": {"hidden_size": 2048, "num_hidden_layers": 48} | _PAPER,
+        "2.7B": {"hidden_size": 2560, "num_hidden_layers": 64} | _PAPER,
+    }
 
     intermediate_size: int | None = 0
     ssm_expand: int = 2
