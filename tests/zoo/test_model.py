@@ -62,6 +62,12 @@ def test_loading_leaves_no_parameter_at_its_random_start(architecture, tmp_path)
         assert torch.equal(loaded[name], parameter), name
 
 
+def test_modules_initialise_themselves_even_without_parameters_of_their_own(make_model):
+    model = make_model(("supra",), norm_type="rms_offset")
+    assert all(layer.mixer.phi.bias.any() for layer in model.model.layers)  # the core alone would leave zeros
+    assert not model.model.norm.weight.any()
+
+
 def test_a_bfloat16_copy_is_close(architecture):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(small(architecture)).eval()

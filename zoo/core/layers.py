@@ -31,12 +31,15 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-class OffsetRMSNorm(RMSNorm):
+class OffsetRMSNorm(RMSNorm, SelfInitialised):
     """(1 + weight) * x / rms(x), the weight starting at 0, as Gemma and RecurrentGemma have it."""
 
     def __init__(self, width: int, eps: float):
         super().__init__(width, eps)
-        nn.init.zeros_(self.weight)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -27,6 +27,7 @@ from .configuration import RecurrentConfig
 from .documents import Layout, documents_from_lengths, documents_from_positions, lay_out, padding_mask
 from .layers import MLP, make_norm
 from .mixer import BlockState, Context, MixerState, SelfInitialised
+from .perspectives import Perspectives
 from .registry import channel_mixer_class, mixer_class
 from .rotary import Rotary, RotaryFrequencies
 
@@ -105,6 +106,11 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     # Read by generate() only to refuse assisted decoding, which our cache can do: it rolls back.
     _is_stateful = False
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers passes over modules without parameters of their own, for custom code that initialises what a
+        # checkpoint has filled. Ours does not, and a mixer initialises its children.
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -123,6 +129,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
         self.shared = nn.ModuleDict({kind: module for kind, module in shared.items() if module is not None})
         self.layers = nn.ModuleList([RecurrentBlock(config, i) for i in range(config.num_hidden_layers)])
         self.norm = make_norm(config)
+        count = getattr(config, "temporal_perspectives", 1)
+        self.perspectives = Perspectives(config.hidden_size, count) if count > 1 else None
         self.rotary = RotaryFrequencies(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -199,6 +207,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
         ctx.in_place = plain and cache is not None and not cache.recording
 
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if self.perspectives is not None:
+            hidden = self.perspectives.spread(hidden)
         all_hidden, carried = [], None
         for i, layer in enumerate(self.layers):
             all_hidden += [hidden] if collect else []
@@ -210,6 +220,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if cache is not None:
             cache.end_recording()
         hidden = self.norm(hidden)
+        if self.perspectives is not None:
+            hidden = self.perspectives(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache,
