@@ -1,0 +1,1 @@
+"""minLSTM: an LSTM whose normalised gates do not look at the state, so that a scan can run it."""
