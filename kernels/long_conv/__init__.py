@@ -3,8 +3,8 @@
     h_t = A h_{t-1} + b u_t            h in C^N or R^N, per channel
     y_t = Re(c h_t) + d u_t
 
-which is y = k * u with the kernel k_t = Re(c A^t b), as long as the sequence, and d added to k_0. A is diagonal, dense, or
-diagonal plus low rank:
+which is y = k * u with the kernel k_t = Re(c A^t b), as long as the sequence, and d added to k_0. A is diagonal, dense,
+or diagonal plus low rank:
 
     A h = a * h                        a (D, N)
     A h = a h                          a (D, N, N)

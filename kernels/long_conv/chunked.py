@@ -1,12 +1,12 @@
 """Long convolution in plain torch with autograd, on any device: the kernel by powers, the convolution by FFT.
 
-No tensor has axes for batch, time and state at once. With n close to sqrt(T), step t = j n + i, and A^t b = A^{jn} A^i b:
+No tensor has axes for batch, time and state at once. With n close to sqrt(T) and t = j n + i, A^t b is A^{jn} A^i b:
 the n columns A^i b and the T / n rows c A^{jn} give the kernel as one matrix product, and, with the inputs of every n
 steps, the last state. Powers of A are squares of squares, so that |A| <= 1 never grows, and A = 0 is exact.
 
 Documents and padding: every document's valid tokens become a row of their own, zeros before them, together with others
-of its length up to a factor of two, so that there are at most twice the tokens. A state from before goes on into a row's
-first document alone, and is added to it.
+of its length up to a factor of two, so that there are at most twice the tokens. A state from before goes on into the
+first document of a row alone, and is added to it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from torch import Tensor
 from ..steps import document_starts
 from .reference import long_conv as loop
 from .reference import state_dtype
+
+# Up to here a matrix product is faster; and MKL's shorter FFTs round differently with the number of threads.
+SHORT = 32
 
 
 def long_conv(
@@ -136,6 +139,10 @@ class System:
     def convolve(self, u: Tensor) -> Tensor:
         """The outputs (R, L, D, M) for u (R, L, D), from a zero state."""
         steps = u.shape[1]
+        if steps <= SHORT:
+            windows = F.pad(self.kernel[..., :steps], (steps - 1, 0)).unfold(-1, steps, 1)  # (D, M, L, L)
+            y = windows.flatten(1, 2) @ u.flip(1).permute(2, 1, 0)
+            return y.unflatten(1, (-1, steps)).permute(3, 2, 0, 1)
         length = _fft_length(2 * steps - 1)
         spectrum = torch.fft.rfft(u.transpose(1, 2), n=length)[:, :, None]
         y = torch.fft.irfft(spectrum * torch.fft.rfft(self.kernel[..., :steps], n=length), n=length)
@@ -168,7 +175,7 @@ class System:
 
 def _fft_length(least: int) -> int:
     """A length that the FFT is fast at: 4, 5 or 6 times a power of two."""
-    e = max(0, _exponent(least) - 3)
+    e = _exponent(least) - 3
     return next(m << e for m in (4, 5, 6, 8) if m << e >= least)
 
 
@@ -177,39 +184,47 @@ def _document_by_document(
 ) -> tuple[Tensor, Tensor]:
     """The outputs (B, T, D, M) and the last state (B, D, N)."""
     batch, time, channels = u.shape
-    shape = (batch, time)
-    valid = torch.ones(shape, dtype=torch.bool, device=u.device) if mask is None else mask
-    starts = torch.zeros(shape, dtype=torch.bool, device=u.device) if seq_ids is None else document_starts(seq_ids, mask)
-    names = starts.cumsum(1) + time * torch.arange(batch, device=u.device)[:, None]  # at most time - 1 starts in a row
+    nothing = torch.zeros(batch, time, dtype=torch.bool, device=u.device)
+    valid = ~nothing if mask is None else mask
+    document = (nothing if seq_ids is None else document_starts(seq_ids, mask)).cumsum(1)  # in its row, below time
+    names = document + time * torch.arange(batch, device=u.device)[:, None]
     tokens = valid.flatten().nonzero()[:, 0]  # of document after document
     found, counts = names.flatten()[tokens].unique_consecutive(return_counts=True)
-    before = counts.cumsum(0) - counts
-    document_rows = found // time
+    rows = found // time
+    ends_row = F.pad(rows[1:] != rows[:-1], (0, 1), value=True)[: len(rows)]
 
-    lengths = counts.tolist()
-    system = System(a, b, c, max(lengths, default=1))
-    given = torch.cat([u.new_zeros(1, channels), u.flatten(0, 1)[tokens]])  # the first row stands for nothing
+    system = System(a, b, c, max([1, *counts.tolist()]))
+    given = torch.cat([u.new_zeros(1, channels), u.flatten(0, 1)[tokens]])  # the first one stands for no token
     outputs = u.new_zeros(batch * time, channels, c.shape[1])
     last = u.new_zeros(batch, channels, b.shape[-1], dtype=b.dtype)
-    for group in {e: None for e in map(_exponent, lengths)}:
-        longest = max(n for n in lengths if _exponent(n) == group)
-        members = torch.tensor([i for i, n in enumerate(lengths) if _exponent(n) == group], device=u.device)
-        place = torch.arange(longest, device=u.device) - (longest - counts[members])[:, None]
-        inside = place >= 0
-        index = before[members, None] + place
-        rows = given[torch.where(inside, index + 1, 0)]
-        outputs = outputs.index_copy(0, tokens[index[inside]], system.convolve(rows)[inside])
-        ends_row = F.pad(document_rows[1:] != document_rows[:-1], (0, 1), value=True)[members]
-        last = last.index_copy(0, document_rows[members[ends_row]], system.last_state(rows)[ends_row])
-    if state is None:
-        return outputs.unflatten(0, shape), last
+    for members in _alike(counts):
+        index = _token_table(counts, members)
+        inside, own = index > 0, given[index]
+        outputs = outputs.index_copy(0, tokens[index[inside] - 1], system.convolve(own)[inside])
+        final = ends_row[members]
+        last = last.index_copy(0, rows[members[final]], system.last_state(own)[final])
+    if state is not None:
+        first = valid & (document == 0)
+        continued = first.sum(1)
+        free = system.free_response(state, max(1, int(continued.max())))
+        steps = torch.arange(free.shape[1], device=u.device) < continued[:, None]
+        outputs = outputs.index_add(0, first.flatten().nonzero()[:, 0], free[steps])
+        still = (continued == valid.sum(1))[:, None, None]
+        last = last + torch.where(still, system.advance(state, continued), 0.0)
+    return outputs.unflatten(0, (batch, time)), last
 
-    first = valid & (starts.cumsum(1) == 0)
-    continued = first.sum(1)
-    place = (first.cumsum(1) - 1).clamp(min=0, max=time - 1)
-    free = system.free_response(state, max(1, int(continued.max())))
-    own = free.flatten(0, 1)[(place + free.shape[1] * torch.arange(batch, device=u.device)[:, None])[first]]
-    outputs = outputs.index_add(0, first.flatten().nonzero()[:, 0], own)
-    still = (continued == valid.sum(1))[:, None, None]
-    last = last + torch.where(still, system.advance(state, continued), 0.0)
-    return outputs.unflatten(0, shape), last
+
+def _alike(counts: Tensor) -> list[Tensor]:
+    """Documents of equal length up to a factor of two, by number."""
+    groups: dict[int, list[int]] = {}
+    for number, count in enumerate(counts.tolist()):
+        groups.setdefault(_exponent(count), []).append(number)
+    return [torch.tensor(members, device=counts.device) for members in groups.values()]
+
+
+def _token_table(counts: Tensor, members: Tensor) -> Tensor:
+    """(R, L) which token, counted from 1 over all documents, stands where in these; 0: none, before the first."""
+    longest = int(counts[members].max())
+    place = torch.arange(longest, device=counts.device) - (longest - counts[members])[:, None]
+    before = (counts.cumsum(0) - counts)[members, None]
+    return torch.where(place >= 0, before + place + 1, 0)

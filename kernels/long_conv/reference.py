@@ -50,7 +50,8 @@ def long_conv(
     """See `kernels.long_conv`."""
     batch, time, channels = u.shape
     real, dtype = state_dtype(u, a, b, c, p, q, initial_state)
-    a, b, c, p, q = (x if x is None else x.to(dtype) for x in (a, b, c, p, q))
+    a, b, c = a.to(dtype), b.to(dtype), c.to(dtype)
+    p, q = (x if x is None else x.to(dtype) for x in (p, q))
     h = u.new_zeros(batch, channels, b.shape[-1], dtype=dtype) if initial_state is None else initial_state.to(dtype)
     documents = Documents(batch, seq_ids, mask, u.device)
     outputs = []
@@ -78,7 +79,8 @@ def long_conv_step(
 ) -> Tensor:
     """See `kernels.long_conv_step`."""
     real = torch.promote_types(u.dtype, torch.float32)
-    a, b, c, p, q = (x if x is None else x.to(state.dtype) for x in (a, b, c, p, q))
+    a, b, c = a.to(state.dtype), b.to(state.dtype), c.to(state.dtype)
+    p, q = (x if x is None else x.to(state.dtype) for x in (p, q))
     wide = u.to(real)
     state.copy_(advance(state, a, p, q).addcmul_(b, wide[..., None].to(state.dtype)))
     return read(state, wide, c, d).to(u.dtype)
