@@ -134,16 +134,12 @@ def dispatch_alike(operation: str, call: dict[str, Any], alike: tuple[Any, ...],
         alike: hashable, everything that the backends' `supports` look at (dtypes, devices, contiguity); the state's
             device among it.
     """
-    if (
-        backend is not None
-        or _chosen is not None
-        or ENVIRONMENT_VARIABLE in os.environ
-        or torch.is_autocast_enabled("cpu")
-    ):
+    name = backend if backend is not None else _chosen
+    if (name is None and ENVIRONMENT_VARIABLE in os.environ) or torch.is_autocast_enabled("cpu"):
         return dispatch(operation, call, backend)
-    function = _ALIKE.get((operation, alike))
+    function = _ALIKE.get((operation, name, alike))
     if function is None:
-        function = _ALIKE[operation, alike] = select(operation, call).load()
+        function = _ALIKE[operation, name, alike] = select(operation, call, name).load()
     return function(**call)
 
 

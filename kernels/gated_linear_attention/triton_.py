@@ -187,7 +187,7 @@ def _arguments(
     q: Tensor, v: Tensor, g: Tensor | None, codes: Tensor | None, late: bool
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """What both kernels take alike: sizes and strides, and constants."""
-    batch, time, heads, width = q.shape
+    time, heads, width = q.shape[1:]
     kv_heads, columns = v.shape[2:]
     strides = (0, 0, 0, 0)
     if g is not None:

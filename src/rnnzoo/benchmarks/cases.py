@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels.delta_rule import delta_rule, delta_rule_step
 from ..kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from ..kernels.linear_scan import linear_scan, linear_scan_step
+from ..kernels.losses import linear_cross_entropy, linear_kl
 from ..kernels.selective_scan import selective_scan, selective_scan_step
 from ..kernels.short_conv import short_conv, short_conv_step
 from ..kernels.softmax_scan import SoftmaxState, softmax_scan, softmax_scan_step
@@ -28,9 +29,10 @@ class Case:
 
     Args:
         name: as the tables show it. operation: as `dispatch` knows it. size: in words.
-        make: time -> inputs on the CPU in float32. call: (inputs, backend) -> output, without the state.
+        make: time -> inputs on the CPU, in float32 where they are no indices.
+        call: (inputs, backend) -> output, without the state.
         flops: of the recurrence itself, forward, a step; backward is counted as twice that.
-        step: (state, inputs of one step, backend) -> output; the state is changed in place.
+        step: (state, inputs of one step, backend) -> output; the state is changed in place. None: it has no steps.
         state: -> an empty state of one layer.
     """
 
@@ -40,8 +42,8 @@ class Case:
     make: Callable[[int], Inputs]
     call: Callable[[Inputs, str | None], Tensor]
     flops: float
-    state: Callable[[], Any]
-    step: Callable[[Any, Inputs, str | None], Any]
+    state: Callable[[], Any] = lambda: None
+    step: Callable[[Any, Inputs, str | None], Any] | None = None
 
     def moved(self, time: int, backward: bool) -> int:
         """Bytes that have to be read and written: inputs and output, with `backward` again, and the gradients."""
@@ -190,6 +192,27 @@ def _conv(channels: int = 1024, taps: int = 4) -> Case:
     )
 
 
+def _head(distil: bool, width: int = 576, vocabulary: int = 16_384) -> Case:
+    """A language-model head and its loss: cross-entropy, or the divergence from a teacher's."""
+
+    def make(time: int) -> Inputs:
+        student = {"hidden": _normal(1, time, width), "weight": _normal(vocabulary, width) * width**-0.5}
+        if distil:
+            return student | {"teacher_hidden": _normal(1, time, width), "teacher_weight": student["weight"].clone()}
+        return student | {"labels": torch.randint(vocabulary, (1, time))}
+
+    def call(inputs: Inputs, backend: str | None) -> Tensor:
+        if not distil:
+            rows = inputs["hidden"][0], inputs["weight"], inputs["labels"][0]
+            return linear_cross_entropy(*rows, backend=backend)[None]
+        rows = inputs["hidden"][0], inputs["weight"], inputs["teacher_hidden"][0], inputs["teacher_weight"]
+        return linear_kl(*rows, backend=backend)[None]
+
+    name = "linear_kl" if distil else "linear_cross_entropy"
+    flops = 2 * width * vocabulary * (2 if distil else 1)
+    return Case(name, name, f"D{width} V{vocabulary}", make, call, flops)
+
+
 CASES: tuple[Callable[..., Case], ...] = (
     scan,
     lambda: _attention("per head"),
@@ -198,6 +221,8 @@ CASES: tuple[Callable[..., Case], ...] = (
     _selective,
     _softmax,
     _conv,
+    lambda: _head(False),
+    lambda: _head(True),
 )
 
 STEP_CASES: tuple[Callable[..., Case], ...] = (
@@ -209,4 +234,4 @@ STEP_CASES: tuple[Callable[..., Case], ...] = (
     lambda: _softmax(channels=12_288),
     lambda: _conv(channels=12_288),
 )
-"""The same for decoding: as many numbers in the state of a layer as 9 heads of 64 x 64 have."""
+"""The first of them for decoding: as many numbers in the state of a layer as 9 heads of 64 x 64 have."""

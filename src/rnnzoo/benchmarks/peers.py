@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["PEERS", "Peer"]
@@ -84,7 +85,7 @@ def _mamba2() -> Callable[[Inputs], Tensor]:
 def _attention() -> Callable[[Inputs], Tensor]:
     def run(given: Inputs) -> Tensor:
         q, k, v = (given[name].transpose(1, 2) for name in "qkv")
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     return run
 
@@ -161,6 +162,20 @@ def _fla(module: str, name: str, *order: str) -> Callable[[], Callable[[Inputs],
     return build
 
 
+def _whole_logits(distil: bool) -> Callable[[], Callable[[Inputs], Tensor]]:
+    """The losses as torch has them: all logits at once."""
+
+    def run(given: Inputs) -> Tensor:
+        logits = F.linear(given["hidden"][0], given["weight"])
+        if not distil:
+            return F.cross_entropy(logits, given["labels"][0])[None]
+        with torch.no_grad():
+            teacher = F.linear(given["teacher_hidden"][0], given["teacher_weight"]).log_softmax(-1)
+        return F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean")[None]
+
+    return lambda: run
+
+
 def _mamba_ssm() -> Callable[[Inputs], Tensor]:
     scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
 
@@ -195,5 +210,7 @@ PEERS = (
     Peer("transformers Mamba, loop", "selective_scan", "transformers", _mamba(False), sequential=True),
     Peer("transformers Mamba with mambapy", "selective_scan", "mambapy", _mamba(True)),
     Peer("mamba-ssm", "selective_scan", "mamba_ssm", _mamba_ssm, devices=("cuda",)),
+    Peer("torch, all logits", "linear_cross_entropy", "torch", _whole_logits(False)),
+    Peer("torch, all logits", "linear_kl", "torch", _whole_logits(True)),
     Peer("transformers RWKV, loop", "softmax_scan, RWKV-4", "transformers", _rwkv, sequential=True),
 )

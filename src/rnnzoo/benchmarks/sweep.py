@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,10 @@ def forward_backward(function: Callable[[dict[str, Tensor]], Tensor], inputs: di
     """A call that runs `function` and the gradients of all floating inputs, ready for the clock."""
     inputs = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
     weights = torch.randn_like(function(inputs).detach())
+    leaves = [x for x in inputs.values() if x.requires_grad]
 
     def run() -> Any:
-        return torch.autograd.grad(function(inputs), list(inputs.values()), weights, allow_unused=True)
+        return torch.autograd.grad(function(inputs), leaves, weights, allow_unused=True)
 
     return run
 
@@ -73,12 +75,16 @@ def sweep(
         longest_call: a length is left out where the length before it lets expect a call of more seconds.
         report: told what is left out, and why.
     """
-    for case, decoding in ((make(), make_step()) for make, make_step in zip(CASES, STEP_CASES, strict=True)):
+    for make, make_step in zip_longest(CASES, STEP_CASES):
+        case = make()
         if only is not None and case.operation not in only:
             continue
         contestants = dict(_contestants(case, device, report))
         for mode in modes:
             if mode == "step":
+                decoding = None if make_step is None else make_step()
+                if decoding is None:
+                    continue
                 for status in backends(f"{case.operation}_step"):
                     if status.reason is None and status.backend != "reference":
                         yield measure_step(decoding, status.backend, machine, device, dtype, budget)
@@ -128,23 +134,29 @@ def _measure(
     budget: float,
 ) -> float:
     torch.manual_seed(0)
-    inputs = {name: x.to(device, dtype) for name, x in case.make(time).items()}
+    inputs = {name: _placed(x, device, dtype) for name, x in case.make(time).items()}
     if mode == "forward":
         with torch.no_grad():
             return seconds(lambda: function(inputs), device, budget)
     return seconds(forward_backward(function, inputs), device, budget)
 
 
+def _placed(x: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    return x.to(device, dtype if x.is_floating_point() else None)
+
+
 def measure_step(case: Case, backend: str, machine: Machine, device: str, dtype: torch.dtype, budget: float) -> Row:
     """Decoding: one step on each layer's state in turn; bytes are those of the state, read and written."""
     states = [pytree.tree_map(lambda x: x.to(device), case.state()) for _ in range(STATES)]
-    inputs = {name: x.to(device, dtype) for name, x in case.make(1).items()}
+    inputs = {name: _placed(x, device, dtype) for name, x in case.make(1).items()}
     # Inputs without their axis of time; weights stay as they are.
     inputs = {name: x[:, 0] if x.ndim >= 3 else x for name, x in inputs.items()}
+    assert case.step is not None
+    step = case.step
 
     def run() -> None:
         for state in states:
-            case.step(state, inputs, backend)
+            step(state, inputs, backend)
 
     with torch.no_grad():
         taken = seconds(run, device, budget) / STATES
