@@ -15,17 +15,13 @@ Sources: Katharopoulos et al. 2020, "Transformers are RNNs", section 3.4; norm i
 
 from __future__ import annotations
 
-import dataclasses
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.attention import AttentionProjections
 from ..core.layers import RMSNorm
-from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
+from ..core.linear import LinearMixer
+from ..core.mixer import Context
 from ..core.modeling import model_classes
-from ..core.recurrences import linear_attention
 from ..core.registry import register_mixer
 from .configuration_linear_attention import LinearAttentionConfig
 
@@ -37,15 +33,8 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass
-class LinearAttentionState(MixerState):
-    """s: (B, Hk, d, d), or (B, Hk, d, d + 1) with z as the last column; float32 (float64 in a float64 model)."""
-
-    s: Tensor
-
-
-def features(x: Tensor, kind: str) -> Tensor:
-    """phi of every channel."""
+def phi(x: Tensor, kind: str) -> Tensor:
+    """The feature of every channel."""
     if kind == "elu":
         # elu(x) + 1 without the 1 that small weights would be lost beside.
         return x.clamp(max=0).exp() + F.relu(x)
@@ -53,37 +42,21 @@ def features(x: Tensor, kind: str) -> Tensor:
 
 
 @register_mixer("linear_attention")
-class LinearAttentionMixer(Mixer):
+class LinearAttentionMixer(LinearMixer):
     """The equations at the head of this file."""
 
-    kernel = "gated_linear_attention"
     paper = "Katharopoulos et al. 2020, arXiv 2006.16236"
 
     def __init__(self, config: LinearAttentionConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.proj = AttentionProjections(config)
-        self.phi = config.linear_feature_map
-        self.norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.linear_normalizer == "rms" else None
+        super().__init__(config, layer_idx, normalize=config.linear_normalizer == "sum")
+        self.norm = None if self.normalize else RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def init_from_attention(self, weights: AttentionWeights) -> None:
-        """q, k, v and o take the teacher's places, with biases and norms of q and k.
+    def features(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        kind = self.config.linear_feature_map
+        return phi(q, kind), phi(k, kind)
 
-        Raises:
-            ShapeError: the sizes are not the teacher's, or a bias or norm has no place.
-        """
-        self.proj.load(weights)
-
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LinearAttentionState:
-        width = self.proj.head_dim
-        shape = (batch, self.proj.num_kv_heads, width, width + int(self.norm is None))
-        return LinearAttentionState(torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32)))
-
-    def forward(self, hidden: Tensor, state: LinearAttentionState | None, ctx: Context):
-        q, k, v = self.proj.split(hidden)
-        q, k = features(q, self.phi), features(k, self.phi)
-        o, s = linear_attention(q, k, v, None, None if state is None else state.s, ctx, normalize=self.norm is None)
-        o = o if self.norm is None else self.norm(o).to(o.dtype)
-        return self.proj.o_proj(o.flatten(-2)), None if state is None else LinearAttentionState(s)
+    def output(self, o: Tensor, hidden: Tensor) -> Tensor:
+        return (o if self.norm is None else self.norm(o)).flatten(-2)
 
 
 LinearAttentionModel, LinearAttentionForCausalLM, LinearAttentionForSequenceClassification = model_classes(
