@@ -45,9 +45,92 @@ def hgrn2(w, x, config, layer, model):
     return rms(torch.stack(out), w["g_norm.weight"]) @ w["o_proj.weight"].T
 
 
+def deltas(w, x, heads, alpha, beta):
+    """q, k, v by convolution, unit keys, S = (I - beta n n^T) diag(alpha) S + beta n v; (T, heads, V)."""
+    q, k, v = (F.silu(causal(x @ w[f"{c}_proj.weight"].T, w[f"{c}_conv1d.weight"])) for c in "qkv")
+    q, k = unit(q.unflatten(-1, (heads, -1))), unit(k.unflatten(-1, (heads, -1)))
+    v = v.unflatten(-1, (beta.shape[-1], -1))
+    q, k = (y.repeat_interleave(v.shape[1] // heads, 1) for y in (q, k))
+    state, out = x.new_zeros(v.shape[1], q.shape[-1], v.shape[-1]), []
+    for t in range(len(x)):
+        state = alpha[t][..., None] * state
+        stored = torch.einsum("hk,hkv->hv", k[t], state)
+        state = state + k[t][..., None] * (beta[t][:, None] * (v[t] - stored))[:, None, :]
+        out.append(torch.einsum("hk,hkv->hv", q[t], state) * q.shape[-1] ** -0.5)
+    return torch.stack(out)
+
+
+def delta_net(w, x, config, layer, model):
+    beta = torch.sigmoid(x @ w["b_proj.weight"].T) * (2 if config["allow_neg_eigval"] else 1)
+    o = rms(deltas(w, x, config["num_heads"], x.new_ones(len(x), 1, 1), beta), w["o_norm.weight"])
+    if config["use_gate"]:
+        o = o * F.silu(x @ w["g_proj.weight"].T).unflatten(-1, o.shape[1:])
+    return o.flatten(1) @ w["o_proj.weight"].T
+
+
+def split_heads(w, x, heads, kv_heads):
+    """q, k, v (T, heads, width), those of a group repeated."""
+    q, k, v = (x @ w[f"{name}_proj.weight"].T for name in "qkv")
+    k, v = (y.unflatten(-1, (kv_heads, -1)).repeat_interleave(heads // kv_heads, 1) for y in (k, v))
+    return q.unflatten(-1, (heads, -1)), k, v
+
+
+def gated_output(w, x, o):
+    o = rms(o, w["g_norm_swish_gate.weight"]).flatten(1) * F.silu(x @ w["g_proj.weight"].T)
+    return o @ w["o_proj.weight"].T
+
+
+def rotated(x):
+    """x (T, heads, d): channels i and i + d/2 are turned by t 10000^(-2i/d)."""
+    half, time = x.shape[-1] // 2, torch.arange(len(x), dtype=x.dtype)
+    turn = torch.polar(torch.ones(1, dtype=x.dtype), time[:, None] * 10000.0 ** -(torch.arange(half) / half).to(x))
+    turned = torch.complex(x[..., :half], x[..., half:]) * turn[:, None]
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def retnet(w, x, config, layer, model):
+    """The naive retention of FLA's ops: all pairs of tokens, weighted by powers of gamma."""
+    heads, time = config["num_heads"], torch.arange(len(x), dtype=x.dtype)
+    q, k, v = split_heads(w, x, heads, config["num_kv_heads"])
+    q, k = rotated(q), rotated(k)
+    gamma = 1 - 2 ** (-5 - torch.arange(heads, dtype=x.dtype))
+    distance = time[:, None] - time
+    decay = (gamma[:, None, None] ** distance.clamp(min=0)) * (distance >= 0)
+    weights = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5 * decay
+    return gated_output(w, x, torch.einsum("hij,jhv->ihv", weights, v))
+
+
+def gla(w, x, config, layer, model):
+    heads, kv_heads = config["num_heads"], config["num_kv_heads"]
+    q, k, v = split_heads(w, x, heads, kv_heads)
+    gate = x @ w["gk_proj.0.weight"].T @ w["gk_proj.1.weight"].T + w["gk_proj.1.bias"]
+    alpha = (torch.sigmoid(gate) ** (1 / 16)).unflatten(-1, (kv_heads, -1)).repeat_interleave(heads // kv_heads, 1)
+    state, out = x.new_zeros(heads, k.shape[-1], v.shape[-1]), []
+    for t in range(len(x)):
+        state = alpha[t][..., None] * state + k[t][..., None] * v[t][:, None]
+        out.append(torch.einsum("hk,hkv->hv", q[t], state) * k.shape[-1] ** -0.5)
+    return gated_output(w, x, torch.stack(out))
+
+
 MIXERS = {
     "hgrn2": (hgrn2, {}),
     "hgrn2:unbounded": (hgrn2, {"hgrn2_lower_bounds": False, "hgrn2_key_dim": 8}),
+    "retnet": (retnet, {}),
+    "retnet:grouped": (
+        retnet,
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "retnet_value_factor": 1.5},
+    ),
+    "gla": (gla, {}),
+    "gla:grouped": (
+        gla,
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "gla_key_width": 8},
+    ),
+    "delta_net": (delta_net, {}),
+    "delta_net:gated": (
+        delta_net,
+        {"delta_num_heads": 4, "delta_key_dim": 4, "delta_value_dim": 16, "delta_gate": True, "delta_conv_kernel": 3}
+        | {"delta_negative_eigenvalues": True},
+    ),
 }
 
 

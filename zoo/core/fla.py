@@ -11,9 +11,9 @@ from typing import Any
 
 from ...kernels.errors import RnnzooError
 from .configuration import RecurrentConfig
-from .importing import Rule, renamed
+from .importing import Rule, joined, renamed
 
-__all__ = ["fla_config", "fla_fields", "fla_rules", "fla_values"]
+__all__ = ["delta_rules", "delta_settings", "fla_config", "fla_fields", "fla_rules", "fla_values"]
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -131,3 +131,30 @@ def fla_rules(config: RecurrentConfig, mixer: Iterable[Rule]) -> Iterator[Rule]:
         for rule in rules:
             ours = tuple(f"{prefix}mixer.{name}" for name in rule.ours)
             yield Rule(ours, tuple(f"{prefix}attn.{name}" for name in rule.theirs), rule.to_ours, rule.to_theirs)
+
+
+def delta_settings(config: RecurrentConfig, prefix: str, grouped: bool) -> dict[str, Any]:
+    """The settings of a mixer of `core.delta` that its layers have in common.
+
+    Args:
+        grouped: the format knows more heads of values than of queries and keys.
+    Raises:
+        RnnzooError: heads or an activation that the format cannot express.
+    """
+    names = ("num_heads", "k_heads", "v_heads", "conv_kernel", "conv_activation")
+    q_heads, k_heads, v_heads, taps, activation = (getattr(config, f"{prefix}_{name}") for name in names)
+    if activation != "silu" or q_heads != k_heads or (v_heads != k_heads and not (grouped and v_heads > k_heads)):
+        raise RnnzooError("FLA's format has SiLU after the convolutions, and a key for each query (no students).")
+    return {"num_heads": q_heads, "conv_size": taps, "use_short_conv": True} | (
+        {"num_v_heads": v_heads} if grouped else {}
+    )
+
+
+def delta_rules(config: RecurrentConfig, prefix: str, names: Iterable[str] | Mapping[str, str]) -> Iterator[Rule]:
+    """Rules of a mixer of `core.delta`; `names` are those that its architecture adds, as for `renamed`."""
+    k_width = getattr(config, f"{prefix}_k_heads") * getattr(config, f"{prefix}_key_dim")
+    v_width = getattr(config, f"{prefix}_v_heads") * getattr(config, f"{prefix}_value_dim")
+    yield joined("proj.conv1d.weight", [f"{x}_conv1d.weight" for x in "qkv"], [k_width, k_width, v_width])
+    yield from renamed("proj.", "", [f"{x}_proj.weight" for x in "qkvo"])
+    yield from renamed("", "", {"b_proj.weight": "b_proj.weight", "norm.weight": "o_norm.weight"})
+    yield from renamed("", "", names)

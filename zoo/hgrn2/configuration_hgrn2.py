@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
+from ..core.heads import derive_heads
 
 __all__ = ["HGRN2Config"]
 
@@ -47,15 +48,7 @@ class HGRN2Config(RecurrentConfig):
 
     @staticmethod
     def derive(config: RecurrentConfig) -> None:
-        width = config.hidden_size
-        if config.hgrn2_key_dim is None:
-            heads = config.hgrn2_num_heads
-            share = width // heads if heads else next(d for d in range(min(128, width), 0, -1) if width % d == 0)
-            config.hgrn2_key_dim = max(1, share)
-        if config.hgrn2_num_heads is None:
-            config.hgrn2_num_heads = max(1, width // config.hgrn2_key_dim)
-        if config.hgrn2_value_dim is None:
-            config.hgrn2_value_dim = max(1, width // config.hgrn2_num_heads)
+        derive_heads(config, "hgrn2")
         if config.hgrn2_kv_heads is None:
             config.hgrn2_kv_heads = config.hgrn2_num_heads
         if config.hgrn2_num_heads % config.hgrn2_kv_heads:

@@ -1,0 +1,1 @@
+"""DeltaNet: linear attention that replaces what it has stored under a key."""
