@@ -24,13 +24,20 @@ TINY: dict[str, dict] = {
 }
 # More of them, for architectures whose defaults do not do: a line each.
 TINY |= {
+    # Their matrices into the residual stream start at zero, which leaves the others without a gradient at first.
+    **{f"rwkv{n}": {"channel_mixer": f"rwkv{n}", "norm_type": "layer", "rwkv_zero_init": False} for n in (4, 5, 6, 7)},
+    "hgrn2": {"hgrn2_num_heads": 4, "hgrn2_kv_heads": 2, "hgrn2_key_dim": 3},
+    "delta_net": {"delta_num_heads": 4, "delta_k_heads": 2, "delta_v_heads": 2, "delta_conv_kernel": 3}
+    | {"delta_gate": True, "delta_negative_eigenvalues": True},
     "mamba": {"mamba_state_size": 3, "ssm_conv_kernel": 3, "intermediate_size": 0},
 }
+TINY["s4d"] = {"s4_state_size": 6, "s4d_init": "legs"}
 # A variant of a mixer is its name, a colon, and what is different. Keys and values in few bits:
 TINY["hedgehog:rings"] = TINY["hedgehog"] | {"ring_bits": [8, 4]}
 # As a student of attention, with norms of either kind:
 TINY["mamba:groups"] = {"mamba_inner_size": 32, "mamba_state_size": 8, "mamba_groups": 4, "mamba_kv_groups": 2}
 TINY["mamba:groups"] |= {"attention_bias": True, "qk_norm": True, "mamba_norm_eps": 1e-6}
+TINY["s4d:bilinear"] = {"s4_state_size": 6, "s4d_init": "inv", "s4d_discretization": "bilinear"}
 HYBRID = ("mamba2", "full_attention", "supra", "sliding_attention")
 STACKS = [(name, name) for name in (*known_mixers(), *(name for name in TINY if ":" in name))] + [HYBRID]
 

@@ -110,9 +110,9 @@ class RecurrentConfig(PreTrainedConfig):
         self.layer_types = layer_types  # transformers has renamed "mamba" to "linear_attention"
 
     def _adopt_fields(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Gives this configuration the fields of the other architectures that `layer_types` names, then derives."""
+        """Gives this configuration the fields of the other architectures that it names, then derives."""
         own = {f.name for f in fields(self)}
-        for name in dict.fromkeys([self.mixer, *self.layer_types]):
+        for name in dict.fromkeys([self.mixer, *self.layer_types, self.channel_mixer]):
             cls = config_class(name)
             if cls is None:
                 continue

@@ -128,9 +128,11 @@ class Checkpoint:
             raise RnnzooError(f"{self.source} does not exist; give the folder or the .pth file of a checkpoint.")
         self.folder = self.source if self.source.is_dir() else self.source.parent
         config = self.folder / "config.json"
+        if self.source.is_dir() and not config.is_file() and len(alone := sorted(self.source.glob("*.pth"))) == 1:
+            self.source = alone[0]  # RWKV's files come without a configuration
         alone = self.source.is_file()
         if not alone and not config.is_file():
-            raise RnnzooError(f"{self.source} holds no config.json; give the folder of a checkpoint.")
+            raise RnnzooError(f"{self.source} holds no config.json; give the folder of a checkpoint, or a .pth file.")
         self.config = {} if alone else json.loads(config.read_text(encoding="utf-8"))
         files = [self.source] if alone else self._files()
         self._where: dict[str, Callable[[], Tensor]] = {}
@@ -182,7 +184,7 @@ def import_checkpoint(
     """Writes another implementation's checkpoint as a model of the zoo into `out`.
 
     Args:
-        source: a folder with config.json, or a single `.pth` file. architecture: folder of the zoo.
+        source: a folder with config.json or one `.pth` file, or such a file. architecture: folder of the zoo.
         format: its name; None: recognised. shard_bytes: of a file of `out`; about as much is in memory at a time.
 
     `out` appears only when it is complete. Tensors keep their dtype; tokenizer and generation settings go along.
@@ -227,7 +229,7 @@ def import_checkpoint(
     with _finished(out) as folder:
         _write_shards(tensors(), folder, shard_bytes)
         config.save_pretrained(folder)
-        if checkpoint.source.is_dir():
+        if pathlib.Path(source).is_dir():
             _copy_along(checkpoint.folder, folder)
     return pathlib.Path(out)
 
