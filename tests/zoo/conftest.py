@@ -32,11 +32,14 @@ TINY |= {
     "mamba": {"mamba_state_size": 3, "ssm_conv_kernel": 3, "intermediate_size": 0},
 }
 TINY["s4d"] = {"s4_state_size": 6, "s4d_init": "legs"}
+TINY["s4"] = {"s4_state_size": 6}
+TINY["lssl"] = {"s4_state_size": 5, "lssl_outputs": 2}
 # A variant of a mixer is its name, a colon, and what is different. Keys and values in few bits:
 TINY["hedgehog:rings"] = TINY["hedgehog"] | {"ring_bits": [8, 4]}
 # As a student of attention, with norms of either kind:
 TINY["mamba:groups"] = {"mamba_inner_size": 32, "mamba_state_size": 8, "mamba_groups": 4, "mamba_kv_groups": 2}
 TINY["mamba:groups"] |= {"attention_bias": True, "qk_norm": True, "mamba_norm_eps": 1e-6}
+TINY["s4:legt"] = {"s4_state_size": 8, "s4_init": "legt"}
 TINY["s4d:bilinear"] = {"s4_state_size": 6, "s4d_init": "inv", "s4d_discretization": "bilinear"}
 HYBRID = ("mamba2", "full_attention", "supra", "sliding_attention")
 STACKS = [(name, name) for name in (*known_mixers(), *(name for name in TINY if ":" in name))] + [HYBRID]

@@ -10,13 +10,23 @@ from torch import Tensor
 from ...kernels.delta_rule import delta_rule, delta_rule_step
 from ...kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from ...kernels.linear_scan import linear_scan, linear_scan_step
+from ...kernels.long_conv import long_conv, long_conv_step
 from ...kernels.selective_scan import selective_scan, selective_scan_step
 from ...kernels.short_conv import short_conv, short_conv_step
 from ...kernels.softmax_scan import softmax_scan, softmax_scan_step
 from ...kernels.softmax_scan.state import SoftmaxState
 from .mixer import Context
 
-__all__ = ["convolve", "delta", "linear_attention", "scan", "selective", "softmax_average", "token_shift"]
+__all__ = [
+    "convolve",
+    "delta",
+    "linear_attention",
+    "scan",
+    "selective",
+    "softmax_average",
+    "state_space",
+    "token_shift",
+]
 
 
 def linear_attention(
@@ -115,3 +125,16 @@ def token_shift(x: Tensor, last: Tensor | None, ctx: Context) -> tuple[Tensor, T
     before = None if last is None else last[:, :, None].to(x.dtype)
     y, after = short_conv(x, weight, initial_state=before, seq_ids=ctx.seq_ids, mask=ctx.mask)
     return y, after[:, :, 0].clone()
+
+
+def state_space(
+    u: Tensor, system: dict[str, Tensor], d: Tensor | None, state: Tensor | None, ctx: Context
+) -> tuple[Tensor, Tensor]:
+    """`long_conv` over a call's tokens: y (B, T, D) or (B, T, D, M), and the state (B, D, N) after them.
+
+    Args:
+        system: a, b, c and, where there is a low-rank part, p and q.
+    """
+    if ctx.in_place and state is not None:
+        return long_conv_step(u[:, 0], **system, d=d, state=state)[:, None], state
+    return long_conv(u, **system, d=d, initial_state=state, seq_ids=ctx.seq_ids, mask=ctx.mask)
