@@ -1,0 +1,1 @@
+"""LSSL: linear state spaces with one dense trainable matrix."""
