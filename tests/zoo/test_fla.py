@@ -81,10 +81,10 @@ def gated_output(w, x, o):
 
 
 def rotated(x):
-    """x (T, heads, d): channels i and i + d/2 are turned by t 10000^(-2i/d)."""
+    """x (T, heads, d): channels i and i + d/2 are turned by t 10000^(-2i/d), frequencies in float32 as in FLA."""
     half, time = x.shape[-1] // 2, torch.arange(len(x), dtype=x.dtype)
-    turn = torch.polar(torch.ones(1, dtype=x.dtype), time[:, None] * 10000.0 ** -(torch.arange(half) / half).to(x))
-    turned = torch.complex(x[..., :half], x[..., half:]) * turn[:, None]
+    angle = time[:, None] * (1.0 / 10000.0 ** (torch.arange(half) / half)).to(x)
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
     return torch.cat([turned.real, turned.imag], -1)
 
 

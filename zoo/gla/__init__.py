@@ -1,0 +1,1 @@
+"""Gated linear attention: every channel of the keys forgets at a rate that depends on the token."""

@@ -1,0 +1,1 @@
+"""RetNet: linear attention with rotation and a fixed decay per head."""
