@@ -1,0 +1,1 @@
+"""xLSTM with matrix memories (mLSTM blocks, as in xLSTM-7B)."""
