@@ -9,49 +9,26 @@ Memory that is freed is kept for the next call, for all contestants, as it is in
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 
 from rnnzoo.benchmarks.cases import CASES, STEP_CASES, Case, scan
+from rnnzoo.benchmarks.figures import Figure, report
 from rnnzoo.benchmarks.peers import DELTA, PEERS, PER_CHANNEL, PER_HEAD
 from rnnzoo.benchmarks.sweep import STATES, forward_backward, measure_step
 from rnnzoo.benchmarks.timing import Machine, measure_machine, seconds
 from rnnzoo.conversions.memory import keep_freed_memory
 
 CPU = "cpu"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the table: `value` must be `at_least`, or with `at_most` no more."""
-
-    what: str
-    against: str
-    value: float
-    unit: str
-    target: float
-    at_most: bool = False
-
-    @property
-    def met(self) -> bool:
-        return self.value <= self.target if self.at_most else self.value >= self.target
-
-    def line(self) -> str:
-        bound = f"{'at most' if self.at_most else 'at least'} {self.target:g}{self.unit}"
-        return (
-            f"| {self.what} | {self.against} | {self.value:.3g}{self.unit} | {bound} | {'yes' if self.met else 'no'} |"
-        )
 
 
 def case_named(name: str) -> Case:
@@ -181,13 +158,7 @@ def main(out: Path | None, budget: float, check: bool, memory_of: str | None, le
             figures.append(figure)
             click.echo(figure.line())
     limits = f"copies {machine.copy_bytes / 1e9:.1f} GB/s, matrix products {machine.matmul_flops / 1e9:.0f} GFLOP/s"
-    head = ["| what | against | measured | figure | met |", "|---|---|---|---|---|"]
-    text = "\n".join([f"{machine.threads} threads, float32: {limits}.", "", *head, *(f.line() for f in figures), ""])
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        out.joinpath("figures.md").write_text(text, encoding="utf-8")
-        values: list[dict[str, Any]] = [asdict(figure) | {"met": figure.met} for figure in figures]
-        out.joinpath("figures.json").write_text(json.dumps({"machine": asdict(machine), "figures": values}, indent=1))
+    text = report(figures, f"{machine.threads} threads, float32: {limits}.", out, machine=asdict(machine))
     click.echo(f"\n{text}\n{time.monotonic() - started:.0f} s")
     if check and not all(figure.met for figure in figures):
         sys.exit(1)

@@ -19,8 +19,6 @@ B batch, T time, D hidden_size, H query heads, Hk kv heads, d head_dim, F featur
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -31,48 +29,20 @@ from ...kernels.gated_linear_attention import (
     gated_linear_attention,
     ring_positions,
     ring_slots,
-    state_dtype,
 )
-from ...kernels.microscaling import Packed, pack, quantise
+from ...kernels.microscaling import quantise
 from ...kernels.window_step import window_step
 from ..core.attention import AttentionProjections
-from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
+from ..core.mixer import AttentionWeights, Context, Mixer
 from ..core.modeling import model_classes
 from ..core.registry import register_mixer
 from .configuration_hedgehog import HedgehogConfig
+from .state_hedgehog import HedgehogState, PackedHedgehogState
 
 __all__ = ["HedgehogForCausalLM", "HedgehogForSequenceClassification", "HedgehogMixer", "HedgehogModel"]
 
 # exp of it is the largest feature: keeps a sum over a million tokens inside float32.
 LARGEST_LOGIT = 20.0
-
-
-@dataclasses.dataclass
-class HedgehogState(MixerState):
-    """The kernel's state: linear state, rings of the last tokens, sinks, and the count of tokens."""
-
-    window: WindowState
-
-    def unpack(self, dtype: torch.dtype) -> WindowState:
-        """What the kernel takes."""
-        return self.window
-
-
-@dataclasses.dataclass
-class PackedHedgehogState(MixerState):
-    """The same with rings and sinks in few bits; fields and shapes as in `WindowState`. Gradients stop at it."""
-
-    s: Tensor
-    ring_k: Packed
-    ring_v: Packed
-    sink_k: Packed
-    sink_v: Packed
-    count: Tensor
-
-    def unpack(self, dtype: torch.dtype) -> WindowState:
-        """What the kernel takes."""
-        rings = (x.unpack(dtype) for x in (self.ring_k, self.ring_v, self.sink_k, self.sink_v))
-        return WindowState(self.s, *rings, self.count)
 
 
 @register_mixer("hedgehog")
@@ -124,24 +94,8 @@ class HedgehogMixer(Mixer):
         if self.bits is None:
             sizes = self.lengths, sinks, width, self.features, width
             return HedgehogState(WindowState.zeros(batch, *sizes, dtype=dtype, device=device))
-        rings = [
-            Packed.zeros(batch, *shape, width, bits=bits, device=device)
-            for shape in ((sum(self.lengths),), (heads, sinks))
-            for bits in self.bits
-        ]
-        s = torch.zeros(batch, heads, self.features, width + 1, dtype=state_dtype(dtype), device=device)
-        return PackedHedgehogState(s, *rings, torch.zeros(batch, dtype=torch.int64, device=device))
-
-    def _pack(self, state: WindowState) -> PackedHedgehogState:
-        assert self.bits is not None
-        k_bits, v_bits = self.bits
-        return PackedHedgehogState(
-            state.s,
-            pack(state.ring_k, k_bits),
-            pack(state.ring_v, v_bits),
-            pack(state.sink_k, k_bits),
-            pack(state.sink_v, v_bits),
-            state.count,
+        return PackedHedgehogState.zeros(
+            batch, heads, self.lengths, sinks, self.features, width, self.bits, device, dtype
         )
 
     def _query_features(self, q: Tensor) -> Tensor:
@@ -242,7 +196,7 @@ class HedgehogMixer(Mixer):
         o = self.proj.o_proj(o.flatten(-2).to(q.dtype))
         if state is None:
             return o, None
-        return o, HedgehogState(after) if self.bits is None else self._pack(after)
+        return o, HedgehogState(after) if self.bits is None else PackedHedgehogState.of(after, *self.bits)
 
 
 def _accurate(x: Tensor) -> Tensor:

@@ -1,0 +1,172 @@
+"""The zoo's architectures against transformers' own, with the same weights, in one run on this machine.
+
+    python scripts/bench_zoo.py --out bench/zoo            # training and greedy decoding, all that can be compared
+    python scripts/bench_zoo.py --only mamba --decode-only
+
+A model of transformers is made with random weights and imported; the logits must agree before anything is timed.
+Writes OUT/figures.md and OUT/figures.json. With --check the exit code is 1 where a figure is missed.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import transformers
+
+import rnnzoo  # noqa: F401  adds the zoo to the Auto classes
+from rnnzoo.benchmarks.figures import Figure, report
+from rnnzoo.benchmarks.timing import seconds
+from rnnzoo.conversions.memory import keep_freed_memory
+from rnnzoo.zoo import import_checkpoint
+
+WIDTH, LAYERS, VOCABULARY, TIME = 256, 4, 1024, 1024
+SHARED = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+DECODING = 2.0  # at least so many times transformers' tokens per second
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A model of transformers: which of ours it is, its classes' prefix, its sizes, and the figure for training."""
+
+    architecture: str
+    name: str
+    sizes: dict[str, Any]
+    training: float
+
+
+PEERS = (
+    Peer("mamba", "Mamba", {"state_size": 16, "tie_word_embeddings": True}, 200),
+    Peer("rwkv4", "Rwkv", {"context_length": TIME, "rescale_every": 0}, 5),
+    Peer(
+        "griffin",
+        "RecurrentGemma",
+        {"num_attention_heads": 4, "lru_width": WIDTH, "intermediate_size": 6 * WIDTH, "attention_window_size": 512},
+        3,
+    ),
+    Peer(
+        "kda",
+        "KimiLinear",
+        {
+            "layer_types": ["linear_attention"] * LAYERS,
+            "mlp_layer_types": ["dense"] * LAYERS,
+            "linear_head_dim": 64,
+            "linear_num_heads": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "intermediate_size": 3 * WIDTH,
+            "num_local_experts": 4,
+        },
+        5,
+    ),
+    Peer("mamba2", "Mamba2", {"num_heads": 8, "head_dim": 64, "state_size": 64, "n_groups": 1}, 1.5),
+    Peer("xlstm", "xLSTM", {"num_heads": 4}, 1.5),
+    Peer(
+        "gated_delta_net",
+        "Qwen3Next",
+        {
+            "layer_types": ["linear_attention"] * LAYERS,
+            "mlp_only_layers": list(range(LAYERS)),
+            "intermediate_size": 3 * WIDTH,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "num_experts": 4,
+        },
+        1.5,
+    ),
+)
+
+
+def pair(peer: Peer) -> tuple[Any, Any]:
+    """Transformers' model and ours, of the same weights."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{peer.name}Config")(**SHARED | SPECIAL | peer.sizes)
+    theirs = getattr(transformers, f"{peer.name}ForCausalLM")(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(Path(folder) / "theirs")
+        out = import_checkpoint(Path(folder) / "theirs", peer.architecture, Path(folder) / "ours")
+        ours = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    ids = torch.randint(3, VOCABULARY, (1, 100))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    return theirs, ours
+
+
+def training_step(model: Any) -> Callable[[], None]:
+    """Forward and backward of one row of text."""
+    ids = torch.randint(3, VOCABULARY, (1, TIME), generator=torch.Generator().manual_seed(1))
+
+    def run() -> None:
+        model.train()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    return run
+
+
+def tokens_per_second(model: Any, tokens: int, repeats: int = 5) -> float:
+    """Greedy decoding of one row by generate(), prompt of 8 tokens; the best of some runs."""
+    model.eval()
+    ids = torch.arange(3, 11)[None]
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    rates = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        rates.append(tokens / (time.perf_counter() - started))
+    return max(rates)
+
+
+def measure(peer: Peer, budget: float, parts: list[str]) -> Iterator[Figure]:
+    theirs, ours = pair(peer)
+    size = f"{ours.num_parameters() / 1e6:.1f}M"
+    if "train" in parts:
+        own = seconds(training_step(ours), budget=budget)
+        other = seconds(training_step(theirs), budget=budget)
+        what = f"{peer.architecture} ({size}), forward and backward, 1 x {TIME}: {1e3 * own:.0f} ms"
+        yield Figure(what, f"transformers {peer.name}", other / own, " x", peer.training)
+    if "decode" in parts:
+        with torch.no_grad():
+            own, other = tokens_per_second(ours, 64), tokens_per_second(theirs, 64)
+        what = f"{peer.architecture} ({size}), greedy decoding: {own:.0f} tokens/s"
+        yield Figure(what, f"transformers {peer.name}", own / other, " x", DECODING)
+
+
+@click.command()
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--only", multiple=True, type=click.Choice([peer.architecture for peer in PEERS]))
+@click.option("--part", "parts", multiple=True, default=("train", "decode"), type=click.Choice(["train", "decode"]))
+@click.option("--seconds", "budget", type=float, default=3.0, show_default=True, help="Time for each training number.")
+@click.option("--check", is_flag=True, help="Exit 1 where a figure is missed.")
+def main(out: Path | None, only: tuple[str, ...], parts: tuple[str, ...], budget: float, check: bool) -> None:
+    """Measure, and write the table."""
+    transformers.logging.set_verbosity_error()
+    keep_freed_memory()
+    figures: list[Figure] = []
+    for peer in PEERS:
+        if only and peer.architecture not in only:
+            continue
+        for figure in measure(peer, budget, list(parts)):
+            figures.append(figure)
+            click.echo(figure.line())
+    heading = f"{torch.get_num_threads()} threads, float32, width {WIDTH}, {LAYERS} layers, vocabulary {VOCABULARY}."
+    click.echo("\n" + report(figures, heading, out))
+    if check and not all(figure.met for figure in figures):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
