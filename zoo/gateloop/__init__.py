@@ -1,0 +1,1 @@
+"""GateLoop: linear recurrence whose complex decay the data control, magnitude and phase."""
