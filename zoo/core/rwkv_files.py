@@ -6,14 +6,26 @@ kept as (1, 1, D).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from ...kernels.errors import RnnzooError
 from .configuration import RecurrentConfig
 from .importing import Format, Rule, renamed
 
-__all__ = ["block_count", "plain_fields", "pth_format", "pth_rules", "refuse_unless", "transposed", "vector"]
+__all__ = [
+    "block_count",
+    "head_fields",
+    "plain_fields",
+    "pth_format",
+    "pth_rules",
+    "refuse_unless",
+    "stacked",
+    "transposed",
+    "vector",
+]
 
 # What a model of these formats must be; other values have no place in them.
 PLAIN: dict[str, Any] = {
@@ -47,6 +59,16 @@ def vector(ours: str, theirs: str) -> Rule:
     return Rule((ours,), (theirs,), lambda x: (x.flatten(),), lambda x: (x.view(1, 1, -1),))
 
 
+def stacked(ours: str, theirs: Sequence[str]) -> Rule:
+    """Ours (n, D), theirs n vectors (1, 1, D)."""
+    return Rule(
+        (ours,),
+        tuple(theirs),
+        lambda *rows: (torch.stack([row.flatten() for row in rows]),),
+        lambda whole: [row.view(1, 1, -1) for row in whole],
+    )
+
+
 def transposed(ours: str, theirs: str) -> Rule:
     """A matrix that theirs multiply from the right."""
     return Rule((ours,), (theirs,), lambda x: (x.T,), lambda x: (x.T,))
@@ -67,6 +89,12 @@ def plain_fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
+
+
+def head_fields(shapes: Mapping[str, tuple[int, ...]], per_head: str) -> dict[str, Any]:
+    """`plain_fields`, and the heads' sizes from the shape (H, d) of a tensor of time mixing."""
+    heads, width = shapes[f"blocks.0.att.{per_head}"]
+    return plain_fields(shapes) | {"num_attention_heads": heads, "head_dim": width}
 
 
 def pth_rules(config: RecurrentConfig, attention: Callable[[int], Iterable[Rule]], ffn: Mapping[str, str]) -> Iterator:
