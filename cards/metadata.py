@@ -23,7 +23,7 @@ def metadata(view: View) -> dict[str, Any]:
     data["pipeline_tag"] = "text-generation"
     tags = ["rnnzoo", "rnn", "linear-rnn", "constant-memory", view.model.get("model_type"), view.recipe.get("name")]
     kinds = view.model.get("layer_types") or []
-    if "full_attention" in kinds:
+    if "full_attention" in kinds or view.model.get("state_bytes_per_token"):
         tags = [tag for tag in tags if tag != "constant-memory"] + ["hybrid"]
     data["tags"] = list(dict.fromkeys(str(tag) for tag in tags if tag))
     if ids := _dataset_ids(view):

@@ -38,7 +38,7 @@ def render_text(results: dict, plots: tuple[str, ...] = ()) -> str:
         autoescape=False,  # Markdown; cells go through `cell`
     )
     environment.filters |= {"cell": cell, "size": size, "count": count, "duration": duration}
-    text = environment.get_template("card.md.j2").render(
+    text = environment.get_template("trained.md.j2" if view.training else "card.md.j2").render(
         view=view, front_matter=front_matter(view), limits=limits(view), not_measured=NOT_MEASURED, plot_titles=PLOTS
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

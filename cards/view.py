@@ -73,6 +73,7 @@ class View:
         self.teacher: Row = results.get("teacher") or {}
         self.recipe: Row = results.get("recipe") or {}
         self.conversion: Row = results.get("conversion") or {}
+        self.training: Row = results.get("training") or {}  # from scratch, where there is no teacher
         self.evaluation: Row = results.get("evaluation") or {}
         self.environment: Row = results.get("environment") or {}
         self.samples: list[Row] = results.get("samples") or []
@@ -182,6 +183,15 @@ class View:
             words += [] if value is None else [f"--{option}", str(value)]
         return shlex.join([*words, "--out", self.name])
 
+    def train_command(self) -> str:
+        """With the settings of a training from scratch."""
+        words = ["rnnzoo", "train", "--config", f"{self.name}/config.json"]
+        own = self.training.get("settings") or {}
+        known = ("context", "batch_size", "accumulate", "tokens", "steps", "learning_rate", "eval_fraction", "seed")
+        for name in (*known, "dtype"):
+            words += [] if own.get(name) is None else [f"--{name.replace('_', '-')}", str(own[name])]
+        return shlex.join([*words, "--out", "again"])
+
     def eval_command(self) -> str:
         return shlex.join(["rnnzoo", "eval", self.name, "--against", self._teacher_word()])
 
@@ -202,6 +212,19 @@ class View:
 
     def position_source(self) -> str:
         return next((cell(r["dataset"]) for r in self.rows("by_position") if r.get("dataset")), "one long text")
+
+    @staticmethod
+    def alone(table: list[list[str]], columns: int) -> list[list[str]]:
+        """The first columns of a comparison: those of a model that has no teacher."""
+        return [row[:columns] for row in table]
+
+    def loss(self, name: str) -> str:
+        return number(self.training.get(name), 4)
+
+    def training_settings(self) -> list[list[str]]:
+        own = self.training.get("settings") or {}
+        names = ("context", "batch_size", "accumulate", "learning_rate", "warmup", "weight_decay")
+        return [[name.replace("_", " "), cell(own[name])] for name in names if own.get(name) is not None]
 
     def recall(self) -> list[list[str]]:
         table = []
@@ -270,7 +293,7 @@ class View:
 
     def data(self) -> list[list[str]]:
         """[use, source, size, SHA-256]: of the conversion and of every evaluation set."""
-        parts = self.conversion.get("data") or {}
+        parts = (self.conversion or self.training).get("data") or {}
         table = [
             [use, cell(part.get("source")), self._amount(part), cell(part.get("sha256"))]
             for use, part in parts.items()

@@ -119,7 +119,7 @@ def alone_in(out: str | os.PathLike) -> Iterator[None]:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(folder)
-        raise RnnzooError(f"Another process is converting into {out}; let it end, or choose another folder.") from None
+        raise RnnzooError(f"Another process is at work in {out}; let it end, or choose another folder.") from None
     except OSError:  # a file system without locks
         pass
     try:

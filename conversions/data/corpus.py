@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ EVALUATION_PERCENT, CALIBRATION_PERCENT = 2, 8
 BUFFER_CHARACTERS = 32_000_000  # local files: large enough to mix whole books
 HUB_BUFFER_CHARACTERS = 4_000_000  # a download
 FILES_AT_ONCE = 16
-SMALL_SOURCE, LEAST_DOCUMENTS = 500, 3
+SMALL_SOURCE = 500
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,13 @@ class Corpus:
     Attributes:
         source: what it is, for the record: names of files or the dataset, and the field.
         read: seed -> documents, shuffled.
+        evaluation, calibration: percent of the documents in these splits; the rest is for training.
     """
 
     source: str
     read: Callable[[int], Iterator[str]]
+    evaluation: float = EVALUATION_PERCENT
+    calibration: float = CALIBRATION_PERCENT
 
     def documents(self, split: Split | None = None, *, seed: int = 0) -> Iterator[str]:
         """The documents of one split (all of them for None), in the order of the seed.
@@ -56,35 +60,38 @@ class Corpus:
             raise RnnzooError(f"{self.source} holds no text; give --data a source that does.")
         if split is None:
             yield from itertools.chain(first, stream)
-        elif len(set(first)) < LEAST_DOCUMENTS:
+            return
+        names = [name for name in ("calibration", "training", "evaluation") if getattr(self, name, 1) > 0]
+        if len(set(first)) < len(names):
             raise RnnzooError(
-                f"{self.source} has {len(set(first))} documents; at least {LEAST_DOCUMENTS} are needed to keep "
-                "calibration, training and evaluation apart: give more text, or cut it into more records."
+                f"{self.source} has {len(set(first))} documents; at least {len(names)} are needed to keep "
+                f"{', '.join(names[:-1])} and {names[-1]} apart: give more text, or cut it into more records."
             )
-        elif len(first) < SMALL_SOURCE:
-            chosen = _small_splits(first)
+        shares = (self.evaluation, self.calibration)
+        if len(first) < SMALL_SOURCE:
+            chosen = _small_splits(first, *shares)
             yield from (document for document in first if chosen[document] == split)
         else:
-            yield from (document for document in itertools.chain(first, stream) if split_of(document) == split)
+            yield from (document for document in itertools.chain(first, stream) if split_of(document, *shares) == split)
 
 
-def split_of(document: str) -> Split:
-    """2% of documents are for evaluation, 8% for calibration, the rest for training, by the hash of the text."""
-    part = _hash(document) % 100
-    if part < EVALUATION_PERCENT:
+def split_of(document: str, evaluation: float = EVALUATION_PERCENT, calibration: float = CALIBRATION_PERCENT) -> Split:
+    """The split of a document, by the hash of its text; so many percent are for evaluation and for calibration."""
+    number = _hash(document)
+    part = number % 100 + number // 100 % 100 / 100  # 0 to 99.99, so that fractions of a percent count too
+    if part < evaluation:
         return "evaluation"
-    return "calibration" if part < EVALUATION_PERCENT + CALIBRATION_PERCENT else "training"
+    return "calibration" if part < evaluation + calibration else "training"
 
 
 def _hash(document: str) -> int:
     return int.from_bytes(hashlib.blake2b(document.strip().encode(), digest_size=8).digest(), "big")
 
 
-def _small_splits(documents: list[str]) -> dict[str, Split]:
+def _small_splits(documents: list[str], evaluation: float, calibration: float) -> dict[str, Split]:
     """The splits of a source with few documents: by rank instead of by chance, so that with three none is empty."""
     ranked = sorted(set(documents), key=_hash)
-    evaluation = -(-len(ranked) * EVALUATION_PERCENT // 100)
-    calibration = -(-len(ranked) * CALIBRATION_PERCENT // 100)
+    evaluation, calibration = (math.ceil(len(ranked) * share / 100) for share in (evaluation, calibration))
     splits: dict[str, Split] = dict.fromkeys(ranked, "training")
     splits.update(dict.fromkeys(ranked[: evaluation + calibration], "calibration"))
     splits.update(dict.fromkeys(ranked[:evaluation], "evaluation"))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def pack(
     documents: Iterable[str],
     tokenizer: Any,
     seq_len: int,
-    num_tokens: int,
+    num_tokens: int | None,
     *,
     name: str = "training",
     source: str = "",
@@ -145,7 +146,7 @@ def pack(
     Args:
         documents: read no further than needed.
         tokenizer: adds its own special tokens (a BOS, if it has one) to each document.
-        seq_len: T. num_tokens: about how many in all; rounded down to whole rows, at least one.
+        seq_len: T. num_tokens: about how many in all, rounded down to whole rows, at least one; None: all there are.
         name: what for, in messages. source: for the record.
         exclude: documents that share a paragraph or more than 1% of their 13-word runs with any of these are left out.
         long_documents: rows hold one document each, consecutive pieces of those that are long enough; shorter ones are
@@ -156,7 +157,7 @@ def pack(
     Raises:
         RnnzooError: the documents do not fill a single row.
     """
-    rows = max(1, num_tokens // seq_len)
+    rows = sys.maxsize // seq_len if num_tokens is None else max(1, num_tokens // seq_len)
     hashes = TextHashes(name)
     packer = _Packer(rows, seq_len, long_documents, hashes)
     exclude, left_out = list(exclude), 0
@@ -185,7 +186,7 @@ def pack(
             f"The {name} text ({source or 'given'}) has {len(packer.row)} tokens, less than one sequence of {seq_len}; "
             "give more text or a smaller sequence length."
         )
-    if len(packer.done) < rows:
+    if num_tokens is not None and len(packer.done) < rows:
         log.warning(
             "the %s text has only %d of the %d tokens asked for; all of it is used",
             name, len(packer.done) * seq_len, rows * seq_len,

@@ -30,7 +30,7 @@ def _head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(N, D) -> (N, vocab) float32, with the cap or scale that the model's own forward applies."""
     logits = model.get_output_embeddings()(hidden).float()
     scale = getattr(model.config, "logit_scale", None)
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    cap = getattr(model.config, "final_logit_softcapping", None) or getattr(model.config, "logit_cap", None)
     logits = logits * scale if scale else logits
     return torch.tanh(logits / cap) * cap if cap else logits
 

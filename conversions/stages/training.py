@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ...zoo.core.modeling import RecurrentForCausalLM
     from ..data import PackedTokens
 
-__all__ = ["StageTrainer", "train_stage"]
+__all__ = ["Report", "StageTrainer", "cut_metrics", "newest_checkpoint", "next_tokens", "read_metrics", "train_stage"]
 
 CHECKPOINTS = 6  # in a stage
 COMPLETE = "complete"  # a checkpoint without this file was cut off while it was written
@@ -167,7 +167,7 @@ def most_likely(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([(rows @ weight.T).argmax(-1) for rows in hidden.split(256)])
 
 
-class _Report(TrainerCallback):
+class Report(TrainerCallback):
     """Metrics as JSON lines, progress, and the mark that makes a checkpoint count."""
 
     def __init__(self, folder: Path, tokens_per_step: int, progress: Callable[..., None]):
@@ -240,9 +240,9 @@ def train_stage(
         report_to=[],
         disable_tqdm=True,
     )
-    report = _Report(folder, per_step * data.seq_len, progress)
+    report = Report(folder, per_step * data.seq_len, progress)
     checkpoint = newest_checkpoint(folder)
-    _cut_metrics(folder, checkpoint)
+    cut_metrics(folder, checkpoint)
     student.config.use_cache = False
     trainer_class = AlignLayers if stage.kind == "align" else TrainEndToEnd
     trainer = trainer_class(
@@ -275,7 +275,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
 
 
-def _cut_metrics(folder: Path, checkpoint: Path | None) -> None:
+def cut_metrics(folder: Path, checkpoint: Path | None) -> None:
     """Forgets the metrics of steps that will be done again."""
     step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
     kept = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]

@@ -25,6 +25,7 @@ COMMANDS = {
     "list": "Architectures, recipes, and the kernels of this machine.",
     "plan": "What a conversion would do and cost; nothing is run.",
     "convert": "Turn a Transformer into a recurrent model.",
+    "train": "Train an architecture from scratch on text.",
     "eval": "Measure a model, against its teacher and a bounded cache.",
     "import": "Take in a checkpoint of another implementation.",
     "export": "Write a model as another implementation's checkpoint.",
@@ -101,7 +102,7 @@ def _usage(error: click.UsageError) -> int:
 
 def _interrupted(arguments: list[str]) -> int:
     message = "stopped"
-    if arguments[:1] in (["convert"], ["eval"]):
+    if arguments[:1] in (["convert"], ["train"], ["eval"]):
         # --restart would throw away what this run has reached.
         again = [argument for argument in arguments if argument != "--restart"]
         message += f"; the same command goes on from here: rnnzoo {shlex.join(again)}"

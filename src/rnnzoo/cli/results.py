@@ -27,6 +27,10 @@ def show_results(results: dict[str, Any], folder: str, console: Console) -> None
     if conversion.get("tokens"):
         spent = f"{format_count(conversion['tokens'])} tokens in {format_seconds(conversion.get('seconds', 0))}"
         console.print(Text(f"converted with {spent}"))
+    if training := results.get("training"):
+        spent = f"{format_count(training['tokens'])} tokens in {format_seconds(training['seconds'])}"
+        found = f"loss {training['held_out_loss']:.4g}, perplexity {training['perplexity']:.4g}"
+        console.print(Text(f"trained on {spent}; held-out text: {found}"))
     evaluation = results.get("evaluation") or {}
     if any(_rows(evaluation)):
         console.print(_table(evaluation))
