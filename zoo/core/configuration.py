@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import configuration_utils
 from transformers.configuration_utils import PreTrainedConfig
 
-from .registry import CONFIGS, config_class, known_mixers
+from .registry import CONFIGS, config_class, has_mixer, known_mixers
 
 __all__ = ["RecurrentConfig"]
 
@@ -134,7 +134,7 @@ class RecurrentConfig(PreTrainedConfig):
 
     def validate_layer_type(self) -> None:
         """Raises ValueError for unknown layer types and for a list of the wrong length."""
-        unknown = sorted(set(self.layer_types) - set(known_mixers()))
+        unknown = sorted(name for name in set(self.layer_types) if not has_mixer(name))
         if unknown:
             raise ValueError(f"layer_types names {unknown}; known are {', '.join(known_mixers())}.")
         if len(self.layer_types) != self.num_hidden_layers:

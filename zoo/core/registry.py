@@ -24,6 +24,7 @@ __all__ = [
     "architectures",
     "channel_mixer_class",
     "config_class",
+    "has_mixer",
     "known_mixers",
     "mixer_class",
     "register_channel_mixer",
@@ -46,7 +47,11 @@ M = TypeVar("M", bound="type[Mixer]")
 
 
 def register_mixer(name: str):
-    """Class decorator: makes a `Mixer` available as layer type `name`."""
+    """Class decorator: makes a `Mixer` available as layer type `name`.
+
+    Args:
+        name: that of its architecture; of a further mixer, for its hybrids: `<architecture>.<mixer>`.
+    """
 
     def register(cls: M) -> M:
         cls.layer_type = name
@@ -78,9 +83,17 @@ def known_mixers() -> tuple[str, ...]:
     return tuple(sorted({*ATTENTION_TYPES, *architectures(), *MIXERS}))
 
 
+def has_mixer(name: str) -> bool:
+    """Whether `name` may stand in `config.layer_types`."""
+    if "." in name:
+        _import(name, "modeling")
+    return name in known_mixers()
+
+
 def _import(name: str, what: str) -> None:
-    if name in architectures():
-        importlib.import_module(f"...{name}.{what}_{name}", __name__)
+    folder = name.partition(".")[0]
+    if folder in architectures():
+        importlib.import_module(f"...{folder}.{what}_{folder}", __name__)
 
 
 def mixer_class(name: str) -> type[Mixer]:
@@ -113,6 +126,7 @@ def channel_mixer_class(name: str) -> type[Mixer]:
 
 def config_class(name: str) -> type[RecurrentConfig] | None:
     """The configuration class that declares a mixer's own fields; None for the core's attention layers."""
+    name = name.partition(".")[0]
     if name not in CONFIGS:
         _import(name, "configuration")
     return CONFIGS.get(name)
