@@ -1,0 +1,1 @@
+"""Griffin and RecurrentGemma: two layers of RG-LRU, one of local attention, and so on."""

@@ -1,0 +1,1 @@
+"""Hawk: the real-gated linear recurrent unit (RG-LRU) in every layer."""
