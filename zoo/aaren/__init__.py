@@ -1,0 +1,1 @@
+"""Aaren: softmax attention as a recurrent network, with a learned query."""
