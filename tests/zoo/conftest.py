@@ -7,7 +7,7 @@ import torch
 
 from rnnzoo.zoo.core.configuration import RecurrentConfig
 from rnnzoo.zoo.core.modeling import RecurrentForCausalLM
-from rnnzoo.zoo.core.registry import known_mixers
+from rnnzoo.zoo.core.registry import known_mixers, mixer_class
 
 # Sizes at which a mixer's machinery (windows, groups, limits) is at work within a dozen tokens. What is not named here
 # takes its defaults, derived from the sizes below.
@@ -65,6 +65,17 @@ def tiny_model(stack: tuple[str, ...], dtype: torch.dtype = torch.float64, seed:
 @pytest.fixture(params=STACKS, ids=lambda stack: "+".join(dict.fromkeys(stack)))
 def stack(request) -> tuple[str, ...]:
     return request.param
+
+
+@pytest.fixture
+def columns():
+    """(model, ids) -> what its layers make use of besides the tokens: the first half of every row is a prefix."""
+
+    def make(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        names = {column for kind in model.config.layer_types for column in mixer_class(kind).columns}
+        return {name: (torch.arange(ids.shape[1]) < ids.shape[1] // 2).expand_as(ids) for name in names}
+
+    return make
 
 
 @pytest.fixture

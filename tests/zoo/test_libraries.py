@@ -116,10 +116,11 @@ def test_lora_trains_saves_loads_and_merges(model, tmp_path):
     assert torch.equal(merged.generate(ids, **arguments), adapted.generate(input_ids=ids, **arguments))
 
 
-def test_training_under_autocast_gives_finite_gradients(model):
+def test_training_under_autocast_gives_finite_gradients(model, columns):
     model.train()
+    batch = _batch()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = model(**_batch()).loss
+        loss = model(**batch, **columns(model, batch["input_ids"])).loss
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

@@ -117,9 +117,9 @@ def test_a_teachers_rope_parameters_are_not_written_to():
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-def test_gradients_reach_every_parameter(stack, make_model):
+def test_gradients_reach_every_parameter(stack, make_model, columns):
     model = make_model(stack).train()
-    model(IDS, labels=LABELS).loss.backward()
+    model(IDS, labels=LABELS, **columns(model, IDS)).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name

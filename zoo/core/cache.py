@@ -33,18 +33,19 @@ class _Call:
     ids: Tensor | None
     named: bool
     shape: tuple[int, int]
+    prefix: Tensor | None
     hidden: list[Tensor]
 
     @property
     def plain(self) -> bool:
-        return self.mask is None and self.ids is None
+        return self.mask is None and self.ids is None and self.prefix is None
 
     def first(self, columns: int) -> _Call:
         def cut(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[:, :columns]
 
         hidden = [h[:, :columns] for h in self.hidden]
-        return _Call(cut(self.mask), cut(self.ids), self.named, (self.shape[0], columns), hidden)
+        return _Call(cut(self.mask), cut(self.ids), self.named, (self.shape[0], columns), cut(self.prefix), hidden)
 
 
 @dataclasses.dataclass
@@ -85,14 +86,20 @@ class RecurrentCache(Cache):
         return layout
 
     def begin_recording(
-        self, model: RecurrentModel, mask: Tensor | None, ids: Tensor | None, named: bool, shape: tuple[int, int]
+        self,
+        model: RecurrentModel,
+        mask: Tensor | None,
+        ids: Tensor | None,
+        named: bool,
+        shape: tuple[int, int],
+        prefix: Tensor | None = None,
     ) -> None:
         """Must precede `advance` of the same call."""
         if self.recording:
             if self._checkpoint is None:
                 self._checkpoint = _Checkpoint(list(self.states), self.progress)
             self._model = weakref.ref(model)
-            self._calls.append(_Call(mask, ids, named, shape, []))
+            self._calls.append(_Call(mask, ids, named, shape, prefix, []))
 
     def record(self, hidden: Tensor) -> None:
         """Notes the input of the next layer of this call."""
@@ -105,7 +112,7 @@ class RecurrentCache(Cache):
             new, old = self._calls.pop(), self._calls.pop()
             hidden = [torch.cat(pair, 1) for pair in zip(old.hidden, new.hidden, strict=True)]
             shape = (old.shape[0], old.shape[1] + new.shape[1])
-            self._calls.append(_Call(None, None, False, shape, hidden))
+            self._calls.append(_Call(None, None, False, shape, None, hidden))
 
     # What generation and users call ---------------------------------------------------------------------------------
 
@@ -212,7 +219,7 @@ class RecurrentCache(Cache):
             kept = call.first(min(columns, call.shape[1]))
             columns -= kept.shape[1]
             if kept.shape[1]:
-                model.replay(kept.hidden, self, kept.mask, kept.ids, kept.named)
+                model.replay(kept.hidden, self, kept.mask, kept.ids, kept.named, kept.prefix)
 
     # Inside ---------------------------------------------------------------------------------------------------------
 
@@ -230,6 +237,6 @@ class RecurrentCache(Cache):
         if self._checkpoint is not None:
             self._checkpoint.progress = progress(self._checkpoint.progress)
         for i, call in enumerate(self._calls):
-            mask, ids = (None if x is None else rows(x) for x in (call.mask, call.ids))
+            mask, ids, prefix = (None if x is None else rows(x) for x in (call.mask, call.ids, call.prefix))
             hidden = [rows(h) for h in call.hidden]
-            self._calls[i] = _Call(mask, ids, call.named, (hidden[0].shape[0], call.shape[1]), hidden)
+            self._calls[i] = _Call(mask, ids, call.named, (hidden[0].shape[0], call.shape[1]), prefix, hidden)

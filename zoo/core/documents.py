@@ -10,9 +10,17 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ...kernels.errors import ShapeError
+from ...kernels.errors import RnnzooError, ShapeError
 
-__all__ = ["Layout", "Progress", "documents_from_lengths", "documents_from_positions", "lay_out", "padding_mask"]
+__all__ = [
+    "Layout",
+    "Progress",
+    "documents_from_lengths",
+    "documents_from_positions",
+    "lay_out",
+    "padding_mask",
+    "prefix_tokens",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,3 +144,26 @@ def lay_out(
     carried = torch.where(documents == 0, seen[:, None], 0)
     after = count - before + carried
     return Layout(documents, (after - 1).clamp(min=0), restart, Progress(after[:, -1], last_id))
+
+
+def prefix_tokens(prefix: Tensor, mask: Tensor | None, layout: Layout, shape: tuple[int, int]) -> Tensor | None:
+    """(B, T) bool: which columns are tokens of a prefix; None where none is.
+
+    Raises:
+        ShapeError: `prefix` is not (B, T). RnnzooError: it is in a document that began in an earlier call, whose tokens
+            have not seen it.
+    """
+    if tuple(prefix.shape) != shape:
+        raise ShapeError(
+            f"prefix_mask has shape {tuple(prefix.shape)}, expected {shape}: one value per token of the call."
+        )
+    token = torch.ones_like(prefix, dtype=torch.bool) if mask is None else mask
+    prefix = prefix.bool() & token
+    first = token if layout.seq_ids is None else token & (layout.seq_ids == 0)
+    begins = (first & (layout.positions == 0)).any(1, keepdim=True)
+    if bool((prefix & first & ~begins).any()):
+        raise RnnzooError(
+            "prefix_mask marks tokens of a document that began in an earlier call; the whole prefix has to arrive in "
+            "the call in which its document begins (generate: without prefill_chunk_size)."
+        )
+    return prefix if bool(prefix.any()) else None

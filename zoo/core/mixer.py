@@ -48,6 +48,8 @@ class Context:
         positions: (B, T) or (1, T) int64, tokens of the same document before this one, over the whole cache.
         rotary: rotates by positions.
         shared: layer type -> the module that all layers of this type share (`Mixer.shared`).
+        prefix: (B, T) bool, tokens of a prefix that every token of its document sees whole, in mixers that can (JRT);
+            the document begins in this call. None: no prefix.
         in_place: one token a row, no gradients, and nobody else needs the state: a mixer may change it in place.
         memo: scratch for one call of the model, for values without gradients that layers of one kind share (attention
             masks).
@@ -60,6 +62,7 @@ class Context:
     positions: Tensor
     rotary: Rotary
     shared: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False)
+    prefix: Tensor | None = None
     in_place: bool = False
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
     carried: Tensor | None = dataclasses.field(default=None, repr=False)
@@ -136,12 +139,14 @@ class Mixer(SelfInitialised):
     Attributes:
         layer_type: its name in `config.layer_types`.
         kernel: folder of kernels/ whose recurrence it runs. paper: authors, year and arXiv number or venue.
+        columns: arguments of the model, (B, T) bool, that it makes use of besides the tokens ("prefix_mask").
         complexity: of a forward pass in the number of tokens T, of the layer's memory while decoding after a slash.
     """
 
     layer_type: str = ""
     kernel: str = ""
     paper: str = ""
+    columns: tuple[str, ...] = ()
     complexity: str = "T / 1"
 
     def __init__(self, config: RecurrentConfig, layer_idx: int):

@@ -9,7 +9,6 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -24,7 +23,8 @@ from ...kernels.losses import linear_cross_entropy
 from . import attention as _attention  # noqa: F401  registers the layer types of hybrids
 from .cache import RecurrentCache
 from .configuration import RecurrentConfig
-from .documents import Layout, documents_from_lengths, documents_from_positions, lay_out, padding_mask
+from .documents import Layout, documents_from_lengths, documents_from_positions, lay_out, padding_mask, prefix_tokens
+from .generation import RecurrentGenerationMixin
 from .layers import MLP, make_norm
 from .mixer import BlockState, Context, MixerState, SelfInitialised
 from .perspectives import Perspectives
@@ -135,9 +135,10 @@ class RecurrentModel(RecurrentPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def context(self, mask: Tensor | None, layout: Layout) -> Context:
+    def context(self, mask: Tensor | None, layout: Layout, prefix: Tensor | None = None) -> Context:
         """What the mixers are told about a call."""
-        return Context(mask, layout.seq_ids, layout.positions, Rotary(self.rotary, layout.positions), self.shared)
+        rotary = Rotary(self.rotary, layout.positions)
+        return Context(mask, layout.seq_ids, layout.positions, rotary, self.shared, prefix)
 
     def make_context(
         self, batch: int, time: int, device: torch.device, mask: Tensor | None = None, seq_ids: Tensor | None = None
@@ -159,6 +160,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         cache_params: RecurrentCache | None = None,
         output_hidden_states: bool | None = None,
+        prefix_mask: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states of a call.
@@ -173,6 +175,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
             seq_ids: (B, T) integers, packed documents; `seq_idx` and, for one row, `cu_seq_lens_q` say the same. With a
                 cache, a first id that differs from the last call's starts a new document.
             output_hidden_states: return the input of every block and the final, normed, hidden state.
+            prefix_mask: (B, T) bool, tokens that all tokens of their document see whole, in layers that can (JRT); the
+                document has to begin in this call.
 
         Raises:
             ShapeError, RnnzooError: arguments that do not fit.
@@ -196,15 +200,20 @@ class RecurrentModel(RecurrentPreTrainedModel):
             ids = documents_from_positions(position_ids, mask, *shape)
 
         cache = self._cache(past_key_values if past_key_values is not None else cache_params, use_cache)
+        prefix = None
+        if prefix_mask is not None:
+            # Before the cache takes in the call, so that it stays as it is if the prefix does not fit.
+            expected = lay_out(None if cache is None else cache.progress, mask, ids, named, shape, device)
+            prefix = prefix_tokens(prefix_mask, mask, expected, shape)
         if cache is None:
             layout = lay_out(None, mask, ids, named, shape, device)
         else:
-            cache.begin_recording(self, mask, ids, named, shape)
+            cache.begin_recording(self, mask, ids, named, shape, prefix)
             layout = cache.advance(mask, ids, named, shape, device)
-        ctx = self.context(mask, layout)
+        ctx = self.context(mask, layout, prefix)
         # What recording keeps for a rollback shares its tensors with the states.
-        plain = mask is None and layout.seq_ids is None and shape[1] == 1 and not torch.is_grad_enabled()
-        ctx.in_place = plain and cache is not None and not cache.recording
+        plain = mask is None and layout.seq_ids is None and prefix is None and shape[1] == 1
+        ctx.in_place = plain and not torch.is_grad_enabled() and cache is not None and not cache.recording
 
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if self.perspectives is not None:
@@ -246,17 +255,23 @@ class RecurrentModel(RecurrentPreTrainedModel):
         return state
 
     def replay(
-        self, inputs: list[Tensor], cache: RecurrentCache, mask: Tensor | None, ids: Tensor | None, named: bool
+        self,
+        inputs: list[Tensor],
+        cache: RecurrentCache,
+        mask: Tensor | None,
+        ids: Tensor | None,
+        named: bool,
+        prefix: Tensor | None = None,
     ) -> None:
         """Runs over recorded block inputs what has a state, to bring a cache from a checkpoint to a later state."""
         shape = (inputs[0].shape[0], inputs[0].shape[1])
-        ctx = self.context(mask, cache.advance(mask, ids, named, shape, inputs[0].device))
+        ctx = self.context(mask, cache.advance(mask, ids, named, shape, inputs[0].device), prefix)
         carried = None
         for i, (layer, hidden) in enumerate(zip(self.layers, inputs, strict=True)):
             cache.states[i], carried = layer.advance(hidden, self._state(cache, i, hidden), ctx, carried)
 
 
-class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
+class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
     """The decoder with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -283,6 +298,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         cache_params: RecurrentCache | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        prefix_mask: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits and, with labels, the loss.
@@ -304,6 +320,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             seq_idx=seq_idx,
             cache_params=cache_params,
             output_hidden_states=output_hidden_states,
+            prefix_mask=prefix_mask,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -350,23 +367,6 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
-        """generate() would make a cache by the class's name; ours is always a RecurrentCache under one name."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise RnnzooError(
-                f"cache_implementation='{generation_config.cache_implementation}' does not apply: recurrent models "
-                "have a cache of their own, of constant size. Leave the argument out."
-            )
-        given = model_kwargs.pop("cache_params", None)
-        if model_kwargs.get("past_key_values") is None and given is not None:
-            model_kwargs["past_key_values"] = given
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-        elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = RecurrentCache(self.config)
-            if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
 
 
 class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
