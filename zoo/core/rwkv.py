@@ -43,8 +43,9 @@ class RWKVConfig(RecurrentConfig):
     """Norms with bias, normed embeddings, and the channel mixer of its own generation, by default.
 
     Args:
-        rwkv_zero_init: start the matrices that write into the residual stream at zero, as the authors do: every block
-            is the identity at first, and what comes before these matrices gets its first gradient in the second step.
+        rwkv_zero_init: start the matrices that write into the residual stream, and the first of every low-rank pair, at
+            zero, as the authors do. Every block is the identity at first, and what comes before such a matrix gets its
+            first gradient in the second step.
     """
 
     norm_type: str = "layer"

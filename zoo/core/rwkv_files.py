@@ -1,11 +1,12 @@
-"""The authors' RWKV files (`.pth`, no configuration beside them): what all generations have in common.
+"""RWKV checkpoints, the authors' and FLA's: what the generations have in common.
 
-Names: `emb`, `blocks.N.{ln0 (the first only), ln1, att.*, ln2, ffn.*}`, `ln_out`, `head`. Vectors are
-kept as (1, 1, D).
+The authors' are single files (`.pth`) with no configuration beside them. Vectors are kept as
+(1, 1, D), low-rank matrices to multiply from the right.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,12 @@ from .configuration import RecurrentConfig
 from .importing import Format, Rule, renamed
 
 __all__ = [
+    "FLA",
     "block_count",
+    "fla_fields",
+    "fla_values",
     "head_fields",
+    "model_rules",
     "plain_fields",
     "pth_format",
     "pth_rules",
@@ -97,29 +102,72 @@ def head_fields(shapes: Mapping[str, tuple[int, ...]], per_head: str) -> dict[st
     return plain_fields(shapes) | {"num_attention_heads": heads, "head_dim": width}
 
 
-def pth_rules(config: RecurrentConfig, attention: Callable[[int], Iterable[Rule]], ffn: Mapping[str, str]) -> Iterator:
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a format keeps what surrounds the mixers; names of modules end in a dot."""
+
+    embedding: str
+    head: str
+    embedding_norm: str
+    norm: str
+    layers: str
+    norms: tuple[str, str]
+    mixer: str
+    channel_mixer: str
+
+
+PTH = Layout("emb.weight", "head.weight", "blocks.0.ln0.", "ln_out.", "blocks.", ("ln1.", "ln2."), "att.", "ffn.")
+FLA = Layout(
+    "model.embeddings.weight",
+    "lm_head.weight",
+    "model.layers.0.pre_norm.",
+    "model.norm.",
+    "model.layers.",
+    ("attn_norm.", "ffn_norm."),
+    "attn.",
+    "ffn.",
+)
+
+
+def model_rules(
+    config: RecurrentConfig, layout: Layout, mixer: Callable[[int], Iterable[Rule]], channel_mixer: Iterable[Rule]
+) -> Iterator[Rule]:
     """Rules of a whole model.
 
     Args:
-        attention: index of a layer -> the rules of its mixer, with names below `mixer.` and `att.`.
-        ffn: factors of the channel mixer's token shift, ours to theirs.
+        mixer: index of a layer -> the rules of its mixer, with names below both mixers. channel_mixer: likewise.
     """
-    yield Rule(("model.embed_tokens.weight",), ("emb.weight",))
-    yield Rule(("lm_head.weight",), ("head.weight",))
-    both = ("weight", "bias")
-    norms = [("model.embedding_norm.", "blocks.0.ln0."), ("model.norm.", "ln_out.")]
-    matrices = ["key.weight", "value.weight", *(["receptance.weight"] if "mix_r" in ffn else [])]
+    yield Rule(("model.embed_tokens.weight",), (layout.embedding,))
+    yield Rule(("lm_head.weight",), (layout.head,))
+    norms = [("model.embedding_norm.", layout.embedding_norm), ("model.norm.", layout.norm)]
+    channel_rules = list(channel_mixer)
     for i in range(config.num_hidden_layers):
-        ours, theirs = f"model.layers.{i}.", f"blocks.{i}."
-        norms += [(f"{ours}input_layernorm.", f"{theirs}ln1."), (f"{ours}post_attention_layernorm.", f"{theirs}ln2.")]
-        for own, their in ffn.items():
-            yield vector(f"{ours}mlp.{own}", f"{theirs}ffn.{their}")
-        yield from renamed(f"{ours}mlp.", f"{theirs}ffn.", matrices)
-        for rule in attention(i):
-            names = (tuple(f"{ours}mixer.{x}" for x in rule.ours), tuple(f"{theirs}att.{x}" for x in rule.theirs))
-            yield Rule(*names, rule.to_ours, rule.to_theirs)
-    for own, their in norms:
-        yield from renamed(own, their, both)
+        ours, theirs = f"model.layers.{i}.", f"{layout.layers}{i}."
+        own = ("input_layernorm.", "post_attention_layernorm.")
+        norms += [(ours + name, theirs + other) for name, other in zip(own, layout.norms, strict=True)]
+        yield from _below(f"{ours}mixer.", theirs + layout.mixer, mixer(i))
+        yield from _below(f"{ours}mlp.", theirs + layout.channel_mixer, channel_rules)
+    for ours, theirs in norms:
+        yield from renamed(ours, theirs, ("weight", "bias"))
+
+
+def _below(ours: str, theirs: str, rules: Iterable[Rule]) -> Iterator[Rule]:
+    for rule in rules:
+        own, other = tuple(ours + name for name in rule.ours), tuple(theirs + name for name in rule.theirs)
+        yield Rule(own, other, rule.to_ours, rule.to_theirs)
+
+
+def pth_rules(
+    config: RecurrentConfig, mixer: Callable[[int], Iterable[Rule]], factors: Mapping[str, str]
+) -> Iterator[Rule]:
+    """`model_rules` of the authors' files.
+
+    Args:
+        factors: of the channel mixer's token shift, ours to theirs.
+    """
+    matrices = ["key.weight", "value.weight", *(["receptance.weight"] if "mix_r" in factors else [])]
+    channel_mixer = [vector(ours, theirs) for ours, theirs in factors.items()] + list(renamed("", "", matrices))
+    return model_rules(config, PTH, mixer, channel_mixer)
 
 
 def pth_format(
@@ -144,3 +192,76 @@ def pth_format(
         return {}
 
     return Format("rwkv", recognises, to_ours, to_theirs, rules, ignored=ignored, file="model.pth")
+
+
+# FLA leaves out of config.json what equals its defaults, so they are needed here.
+FLA_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "intermediate_size": None,
+    "hidden_act": "sqrelu",
+    "max_position_embeddings": 2048,
+    "norm_first": True,
+    "norm_bias": True,
+    "norm_eps": 1e-5,
+    "attn": None,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FLA_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "max_position_embeddings",
+    "initializer_range",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+def fla_fields(source: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of our configuration, and every setting of theirs with its default.
+
+    Args:
+        source: config.json. own: settings of the generation and their defaults, `hidden_ratio` among them.
+    Raises:
+        RnnzooError: a setting that the zoo cannot express.
+    """
+    values = FLA_DEFAULTS | dict(own)
+    values |= {name: source[name] for name in values if name in source}
+    for name, only in (("hidden_act", "sqrelu"), ("norm_first", True), ("norm_bias", True), ("attn", None)):
+        if values[name] != only:
+            raise RnnzooError(f"This checkpoint has {name}={values[name]!r}, but only {name}={only!r} can be imported.")
+    if values["intermediate_size"] is None:
+        values["intermediate_size"] = (
+            -(-int(values["hidden_size"] * (values["hidden_ratio"] or own["hidden_ratio"])) // 32) * 32
+        )
+    fields = {name: values[name] for name in FLA_SAME}
+    return fields | {
+        "rms_norm_eps": values["norm_eps"],
+        "dtype": source.get("dtype", source.get("torch_dtype")),
+    }, values
+
+
+def fla_values(config: RecurrentConfig, class_name: str, own: Mapping[str, Any], limits: Mapping[str, Any]) -> dict:
+    """config.json of FLA.
+
+    Args:
+        class_name: without "ForCausalLM". own: settings of the generation. limits: fields that must have these values.
+    Raises:
+        RnnzooError: the format cannot express the configuration.
+    """
+    refuse_unless(config, "fla", limits)
+    return (
+        {"architectures": [f"{class_name}ForCausalLM"], "model_type": class_name.lower(), "hidden_act": "sqrelu"}
+        | {name: getattr(config, name) for name in FLA_SAME}
+        | {"norm_eps": config.rms_norm_eps, "dtype": str(config.dtype).removeprefix("torch.")}
+        | dict(own)
+    )

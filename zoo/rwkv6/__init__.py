@@ -1,0 +1,1 @@
+"""RWKV-6 (Finch): linear attention whose decay and token shift depend on the data."""
