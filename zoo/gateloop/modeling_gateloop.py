@@ -76,16 +76,24 @@ class GateLoopMixer(Mixer):
         wide = torch.promote_types(dtype, torch.float32).to_complex()
         return GateLoopState(torch.zeros(batch, self.inner, device=device, dtype=wide))
 
+    def transition(self, hidden: Tensor) -> Tensor:
+        """a: (B, T, E) complex, within the unit circle."""
+        alpha, beta = self.a_proj(hidden).chunk(2, -1)
+        wide = torch.promote_types(alpha.dtype, torch.float32)
+        return torch.polar(torch.sigmoid(alpha.to(wide)), beta.to(wide))
+
+    def gated(self, y: Tensor, hidden: Tensor) -> Tensor:
+        """GroupNorm(y) * silu(W_g x), in y's dtype."""
+        gate = F.silu(self.g_proj(hidden).to(y.dtype))
+        return gate * (y if self.norm is None else self.norm(y))
+
     def forward(self, hidden: Tensor, state: GateLoopState | None, ctx: Context):
-        q, k, v = self.proj.split(hidden)
-        wide = torch.promote_types(v.dtype, torch.float32)
-        groups = self.proj.num_heads // self.proj.num_kv_heads
-        kv = (k.to(wide) * v.to(wide)).repeat_interleave(groups, -2).flatten(-2)
-        alpha, beta = self.a_proj(hidden).to(wide).chunk(2, -1)
-        a = torch.polar(torch.sigmoid(alpha), beta)
-        h, last = scan(a, torch.complex(kv, torch.zeros_like(kv)), None if state is None else state.h, ctx)
-        y = q.flatten(-2).to(wide) * h.real
-        y = (y if self.norm is None else self.norm(y)) * F.silu(self.g_proj(hidden).to(wide))
+        a = self.transition(hidden)
+        q, k, v = (x.to(a.real.dtype) for x in self.proj.split(hidden))
+        kv = (k * v).repeat_interleave(self.proj.num_heads // self.proj.num_kv_heads, -2).flatten(-2)
+        before = None if state is None else state.h
+        h, last = scan(a, torch.complex(kv, torch.zeros_like(kv)), before, ctx)
+        y = self.gated(q.flatten(-2) * h.real, hidden)
         return self.proj.o_proj(y.to(hidden.dtype)), None if state is None else GateLoopState(last)
 
 
