@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..steps import document_starts
 from .reference import long_conv as loop
-from .reference import state_dtype
+from .reference import state_dtype, times
 
 # Up to here a matrix product is faster; and MKL's shorter FFTs round differently with the number of threads.
 SHORT = 32
@@ -50,11 +50,12 @@ def long_conv(
         a, b, c, state = _as_real(a, b, c, p.to(dtype), q.to(dtype), state)
 
     if seq_ids is None and mask is None:
-        system = System(a, b, c, u.shape[1])
+        steps = u.shape[1]
+        system = System(a, b, c, steps)
         y, last = system.convolve(u), system.last_state(u)
         if state is not None:
-            y = y + system.free_response(state, u.shape[1])
-            last = last + system.advance(state, torch.full(u.shape[:1], u.shape[1], device=u.device))
+            y = y + system.free_response(state, steps)
+            last = last + system.advance(state, torch.full(u.shape[:1], steps, device=u.device), steps)
     else:
         y, last = _document_by_document(u, a, b, c, state, seq_ids, mask)
 
@@ -98,16 +99,22 @@ class System:
     """
 
     def __init__(self, a: Tensor, b: Tensor, c: Tensor, longest: int):
-        self.b, self.c, self.dense = b, c, a.ndim == 3
+        self.c, self.dense = c, a.ndim == 3
         self.squares = [a]
-        for _ in range(longest.bit_length()):
+        low, _ = _halves(longest)
+        self.columns = self._columns_after(b, low)
+        self.kernel = self._outputs(self.columns, longest)
+
+    def _square(self, e: int) -> Tensor:
+        """A^(2^e)."""
+        while len(self.squares) <= e:
             last = self.squares[-1]
             self.squares.append(last @ last if self.dense else last * last)
-        self.kernel = self._kernel(longest)
+        return self.squares[e]
 
     def _power(self, e: int, x: Tensor) -> Tensor:
         """A^(2^e) x for columns x (..., D, N, k)."""
-        return self.squares[e] @ x if self.dense else self.squares[e][..., None] * x
+        return times(self._square(e), x) if self.dense else self._square(e)[..., None] * x
 
     def _columns_after(self, x: Tensor, e: int) -> Tensor:
         """A^i x, i = 0 ... 2^e - 1, for x (..., D, N): (..., D, N, 2^e)."""
@@ -117,24 +124,18 @@ class System:
         return x
 
     def _rows_before(self, first: int, e: int) -> Tensor:
-        """c A^(2^first j), j = 0 ... 2^e - 1: (D, 2^e, M, N)."""
-        y = self.c[:, None]
+        """c A^(j 2^first), j = 0 ... 2^e - 1: (D, 2^e, M, N)."""
+        y = self.c
         for k in range(first, first + e):
-            power = self.squares[k]
-            y = torch.cat([y, y @ power[:, None] if self.dense else y * power[:, None, None]], 1)
-        return y
+            power = self._square(k)
+            y = torch.cat([y, y @ power if self.dense else y * power[:, None]], 1)
+        return y.unflatten(1, (2**e, -1))
 
-    def _responses(self, x: Tensor, steps: int) -> Tensor:
-        """Re(c A^t x), t = 0 ... steps - 1, for x (..., D, N): (..., D, M, steps)."""
-        low = (_exponent(steps) + 1) // 2
-        columns = _columns(self._columns_after(x, low))
-        rows = _rows(self._rows_before(low, _exponent(steps) - low))
-        outputs = rows.shape[2]
-        y = (rows.flatten(1, 2) @ columns).unflatten(-2, (-1, outputs))
+    def _outputs(self, columns: Tensor, steps: int) -> Tensor:
+        """Re(c A^t x), t = 0 ... steps - 1: (..., D, M, steps), from the columns A^i x (..., D, N, 2^low)."""
+        rows = self._rows_before(*_halves(steps))
+        y = times(_rows(rows).flatten(1, 2), _columns(columns)).unflatten(-2, rows.shape[1:3])
         return y.transpose(-3, -2).flatten(-2)[..., :steps]
-
-    def _kernel(self, steps: int) -> Tensor:
-        return self._responses(self.b, steps)
 
     def convolve(self, u: Tensor) -> Tensor:
         """The outputs (R, L, D, M) for u (R, L, D), from a zero state."""
@@ -151,11 +152,10 @@ class System:
     def last_state(self, u: Tensor) -> Tensor:
         """The state (R, D, N) after u (R, L, D), from a zero state."""
         steps = u.shape[1]
-        low = (_exponent(steps) + 1) // 2
-        high = _exponent(steps) - low
+        low, high = _halves(steps)
         u = F.pad(u.transpose(1, 2), (2 ** (low + high) - steps, 0)).unflatten(-1, (-1, 2**low))
-        columns = self._columns_after(self.b, low).flip(-1)
-        parts = _columns(columns) @ u.transpose(-1, -2)  # (R, D, N, 2^high) what every 2^low inputs add
+        columns = self.columns[..., : 2**low].flip(-1)
+        parts = times(_columns(columns), u.mT)  # (R, D, N, 2^high) what every 2^low inputs add
         state = torch.complex(*parts.chunk(2, -2)) if columns.is_complex() else parts
         for e in range(low, low + high):
             state = self._power(e, state[..., 0::2]) + state[..., 1::2]
@@ -163,14 +163,21 @@ class System:
 
     def free_response(self, state: Tensor, steps: int) -> Tensor:
         """The outputs (B, steps, D, M) without inputs, from a state (B, D, N)."""
-        return self._responses(self._power(0, state[..., None])[..., 0], steps).permute(0, 3, 1, 2)
+        columns = self._columns_after(self._power(0, state[..., None])[..., 0], _halves(steps)[0])
+        return self._outputs(columns, steps).permute(0, 3, 1, 2)
 
-    def advance(self, state: Tensor, steps: Tensor) -> Tensor:
-        """The state (B, D, N) after `steps` (B,) steps without inputs."""
-        for e in range(len(self.squares)):
+    def advance(self, state: Tensor, steps: Tensor, longest: int) -> Tensor:
+        """The state (B, D, N) after `steps` (B,) steps, at most `longest`, without inputs."""
+        for e in range(longest.bit_length()):
             bit = (steps >> e & 1).bool()[:, None, None]
             state = torch.where(bit, self._power(e, state[..., None])[..., 0], state)
         return state
+
+
+def _halves(steps: int) -> tuple[int, int]:
+    """low, high with 2^(low + high) >= steps: t = 2^low j + i."""
+    e = _exponent(steps)
+    return (e + 1) // 2, e // 2
 
 
 def _fft_length(least: int) -> int:
@@ -206,11 +213,12 @@ def _document_by_document(
     if state is not None:
         first = valid & (document == 0)
         continued = first.sum(1)
-        free = system.free_response(state, max(1, int(continued.max())))
+        longest = max(1, int(continued.max()))
+        free = system.free_response(state, longest)
         steps = torch.arange(free.shape[1], device=u.device) < continued[:, None]
         outputs = outputs.index_add(0, first.flatten().nonzero()[:, 0], free[steps])
         still = (continued == valid.sum(1))[:, None, None]
-        last = last + torch.where(still, system.advance(state, continued), 0.0)
+        last = last + torch.where(still, system.advance(state, continued, longest), 0.0)
     return outputs.unflatten(0, (batch, time)), last
 
 

@@ -15,13 +15,18 @@ def state_dtype(u: Tensor, *system: Tensor | None) -> tuple[torch.dtype, torch.d
     return real, torch.promote_types(real, torch.complex64) if is_complex else real
 
 
+def times(matrices: Tensor, x: Tensor) -> Tensor:
+    """matrices (D, M, N) times columns x (..., D, N, k), without a copy of them for every row of a batch."""
+    return torch.einsum("dmn,...dnk->...dmk", matrices, x)
+
+
 def advance(state: Tensor, a: Tensor, p: Tensor | None, q: Tensor | None) -> Tensor:
     """A state, for a state (B, D, N)."""
     if a.ndim == 3:
-        return (a @ state[..., None])[..., 0]
+        return times(a, state[..., None])[..., 0]
     after = a * state
     if p is not None and q is not None:
-        after = after + (p @ (q @ state[..., None]).real.to(p.dtype))[..., 0]
+        after = after + times(p, times(q, state[..., None]).real.to(p.dtype))[..., 0]
     return after
 
 
@@ -30,7 +35,7 @@ def read(state: Tensor, u: Tensor, c: Tensor, d: Tensor | None) -> Tensor:
     if c.ndim == 2:
         y = (c * state).sum(-1).real
         return y if d is None else y + d * u
-    y = (c @ state[..., None])[..., 0].real
+    y = times(c, state[..., None])[..., 0].real
     return y if d is None else y + d * u[..., None]
 
 
