@@ -191,7 +191,7 @@ class RecurrentCache(Cache):
             tokens_to_remove: 0 or negative.
 
         Raises:
-            RnnzooError: recording was off, or did not start that long ago.
+            RnnzooError: recording was off, or did not start that long ago, or a part of a prefix would go.
             ValueError: a positive argument (an absolute length, as older transformers had it).
         """
         if tokens_to_remove > 0:
@@ -203,12 +203,21 @@ class RecurrentCache(Cache):
                 f"crop should remove {removed} tokens, but {recorded} were recorded; call "
                 "activate_past_recording() before the tokens that may be taken back."
             )
+        self._expect_whole_prefixes(recorded - removed)
         calls, checkpoint = self._calls, self._checkpoint
         self._calls, self._checkpoint = [], None
         if removed:
             self.states, self.progress = list(checkpoint.states), checkpoint.progress
             self.length -= recorded
             self._replay(calls, recorded - removed)
+
+    def _expect_whole_prefixes(self, columns: int) -> None:
+        """That the first `columns` recorded ones end in no prefix: what stays of it would have seen what does not."""
+        for call in self._calls:
+            partly = 0 < columns < call.shape[1] and call.prefix is not None
+            if partly and bool(call.prefix[:, columns:].any()):
+                raise RnnzooError("crop would take back a part of a prefix; take back all of its call, or less.")
+            columns -= call.shape[1]
 
     @torch.no_grad()
     def _replay(self, calls: list[_Call], columns: int) -> None:

@@ -1,0 +1,1 @@
+"""Based: linear attention whose weights are the Taylor series of the exponential."""

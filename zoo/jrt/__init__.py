@@ -1,0 +1,1 @@
+"""JRT-RNN: Based, with an encoder that reads the whole prompt before the first token."""
