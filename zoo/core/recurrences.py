@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ...kernels.block_scan import block_scan, block_scan_step
 from ...kernels.delta_rule import delta_rule, delta_rule_step
 from ...kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from ...kernels.linear_scan import linear_scan, linear_scan_step
@@ -22,6 +23,7 @@ __all__ = [
     "delta",
     "linear_attention",
     "scan",
+    "scan_blocks",
     "selective",
     "softmax_average",
     "state_space",
@@ -75,6 +77,13 @@ def scan(a: Tensor, x: Tensor, state: Tensor | None, ctx: Context) -> tuple[Tens
     if ctx.in_place and state is not None:
         return linear_scan_step(a[:, 0], x[:, 0], state)[:, None], state
     return linear_scan(a, x, initial_state=state, seq_ids=ctx.seq_ids, mask=ctx.mask)
+
+
+def scan_blocks(a: Tensor, x: Tensor, state: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor]:
+    """`block_scan` over a call's tokens: all states (B, T, H, N), and the last one (B, H, N)."""
+    if ctx.in_place and state is not None:
+        return block_scan_step(a[:, 0], x[:, 0], state)[:, None], state
+    return block_scan(a, x, initial_state=state, seq_ids=ctx.seq_ids, mask=ctx.mask)
 
 
 def selective(

@@ -14,8 +14,8 @@ each group of channels has its own B and C, and x and B have `mamba_kv_groups` g
 The default student has a state of head_dim numbers; groups of 16 channels with 16 numbers are the published models'.
 
 B batch, T time, D hidden_size, E inner width, N state size, R rank of dt, G groups (Gk of x and B).
-Sources: Gu and Dao 2023, "Mamba", sections 3.2 (algorithm 2), 3.4 and 3.6; the norms: Zuo et al. 2024, "Falcon Mamba",
-section 2; students: Wang et al. 2024, "The Mamba in the Llama", algorithm 1.
+Sources: Gu and Dao 2023, "Mamba", sections 3.2 (algorithm 2), 3.4 and 3.6; the norms: Zuo et al. 2024, "Falcon Mamba";
+students: Wang et al. 2024, "The Mamba in the Llama", algorithm 1.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Block-diagonal, input-dependent linear recurrent network."""
