@@ -112,6 +112,16 @@ def gla(w, x, config, layer, model):
     return gated_output(w, x, torch.stack(out))
 
 
+def gated_delta_net(w, x, config, layer, model):
+    alpha = torch.exp(-w["A_log"].exp() * F.softplus(x @ w["a_proj.weight"].T + w["dt_bias"]))
+    beta = torch.sigmoid(x @ w["b_proj.weight"].T) * (2 if config["allow_neg_eigval"] else 1)
+    o = rms(deltas(w, x, config["num_heads"], alpha[..., None], beta), w["o_norm.weight"])
+    if config["use_gate"]:
+        gate = {"silu": F.silu, "sigmoid": torch.sigmoid}[config["output_gate_activation"]]
+        o = o * gate(x @ w["g_proj.weight"].T).unflatten(-1, o.shape[1:])
+    return o.flatten(1) @ w["o_proj.weight"].T
+
+
 MIXERS = {
     "hgrn2": (hgrn2, {}),
     "hgrn2:unbounded": (hgrn2, {"hgrn2_lower_bounds": False, "hgrn2_key_dim": 8}),
@@ -131,6 +141,12 @@ MIXERS = {
         {"delta_num_heads": 4, "delta_key_dim": 4, "delta_value_dim": 16, "delta_gate": True, "delta_conv_kernel": 3}
         | {"delta_negative_eigenvalues": True},
     ),
+    "gated_delta_net": (gated_delta_net, {}),
+    "gated_delta_net:grouped": (
+        gated_delta_net,
+        {"gdn_num_heads": 2, "gdn_v_heads": 4, "gdn_gate_activation": "sigmoid", "gdn_negative_eigenvalues": True},
+    ),
+    "gated_delta_net:ungated": (gated_delta_net, {"gdn_num_heads": 3, "gdn_value_dim": 5, "gdn_gate": False}),
 }
 
 

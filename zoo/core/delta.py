@@ -16,17 +16,19 @@ state for each head of values; fewer heads of keys are repeated; more heads of q
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .configuration import RecurrentConfig
 from .mixer import AttentionWeights, Context, Mixer, MixerState
 from .projections import ConvolvedProjections, l2_norm
 from .recurrences import delta
 
-__all__ = ["DeltaMixer", "DeltaSizes", "DeltaState", "GatedHeadNorm"]
+__all__ = ["DeltaMixer", "DeltaSizes", "DeltaState", "GatedHeadNorm", "init_decay"]
 
 ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -45,6 +47,13 @@ class GatedHeadNorm(nn.Module):
         if gate is not None:
             wide = wide * ACTIVATIONS[self.activation](gate.to(wide.dtype))
         return wide.to(x.dtype)
+
+
+def init_decay(a_log: nn.Parameter, dt_bias: nn.Parameter, least: float) -> None:
+    """A uniform in [least, 16] and softplus(dt_bias) log-uniform in [0.001, 0.1], as Mamba-2 starts exp(-A dt)."""
+    init.copy_(a_log, torch.empty_like(a_log).uniform_(least, 16).log())
+    dt = torch.empty_like(dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp()
+    init.copy_(dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...kernels.errors import RnnzooError
 from .configuration import RecurrentConfig
-from .importing import Rule, joined, renamed
+from .importing import Rule, expect_fields, joined, renamed
 
 __all__ = ["delta_rules", "delta_settings", "fla_config", "fla_fields", "fla_rules", "fla_values"]
 
@@ -85,23 +85,7 @@ def fla_config(config: RecurrentConfig, model_type: str, class_name: str, own: M
     Raises:
         RnnzooError: the format cannot express the configuration.
     """
-    plain = {
-        "channel_mixer": "mlp",
-        "norm_type": "rms",
-        "mlp_type": "gated",
-        "hidden_act": "silu",
-        "embedding_norm": False,
-        "embedding_scale": None,
-        "logit_cap": None,
-        "attention_bias": False,
-        "attention_output_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
-        "parallel_residual": False,
-    }
-    for name, only in plain.items():
-        if getattr(config, name) != only:
-            raise RnnzooError(f"FLA's format has no place for {name}={getattr(config, name)!r}.")
+    expect_fields(config, "FLA's")
     if set(config.layer_types or ()) != {config.mixer} or not config.intermediate_size:
         raise RnnzooError("FLA's format has neither layers of other kinds nor blocks without an MLP.")
     return (

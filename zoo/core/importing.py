@@ -26,7 +26,17 @@ from .configuration import RecurrentConfig
 from .registry import architectures, config_class
 from .sizes import causal_lm_class
 
-__all__ = ["Format", "Rule", "export_checkpoint", "formats", "import_checkpoint", "importable", "joined", "renamed"]
+__all__ = [
+    "Format",
+    "Rule",
+    "expect_fields",
+    "export_checkpoint",
+    "formats",
+    "import_checkpoint",
+    "importable",
+    "joined",
+    "renamed",
+]
 
 # Everything but weights and configuration goes along as it is: tokenizer, chat template, generation settings.
 COPIED = (
@@ -40,6 +50,23 @@ COPIED = (
 )
 SHARD_BYTES = 4 * 2**30
 HEAD = "lm_head.weight"
+
+
+# Blocks as most formats have them: Llama's.
+PLAIN = {
+    "channel_mixer": "mlp",
+    "norm_type": "rms",
+    "mlp_type": "gated",
+    "hidden_act": "silu",
+    "embedding_norm": False,
+    "embedding_scale": None,
+    "logit_cap": None,
+    "attention_bias": False,
+    "attention_output_bias": False,
+    "mlp_bias": False,
+    "qk_norm": False,
+    "parallel_residual": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +98,17 @@ def joined(ours: str, theirs: Sequence[str], sizes: Sequence[int], dim: int = 0)
         lambda *parts: (torch.cat(parts, dim),),
         lambda whole: whole.split(list(sizes), dim),
     )
+
+
+def expect_fields(config: RecurrentConfig, whose: str, **expected: Any) -> None:
+    """Raises RnnzooError if a field of `PLAIN`, or one of `expected`, which goes first, has another value.
+
+    Args:
+        whose: the format that knows no other, for the message.
+    """
+    for name, value in (PLAIN | expected).items():
+        if getattr(config, name) != value:
+            raise RnnzooError(f"{whose} format has no place for {name}={getattr(config, name)!r}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,14 +17,13 @@ Sources: Qin et al. 2024, "HGRN2: Gated Linear RNNs with State Expansion", secti
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.layers import LowerBounds, RMSNorm
-from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
+from ..core.linear import MatrixState
+from ..core.mixer import AttentionWeights, Context, Mixer
 from ..core.modeling import model_classes
 from ..core.projections import SizedProjections
 from ..core.recurrences import linear_attention
@@ -32,13 +31,6 @@ from ..core.registry import register_mixer
 from .configuration_hgrn2 import HGRN2Config
 
 __all__ = ["HGRN2ForCausalLM", "HGRN2ForSequenceClassification", "HGRN2Mixer", "HGRN2Model"]
-
-
-@dataclasses.dataclass
-class HGRN2State(MixerState):
-    """s: (B, Hk, K, V), float32 or float64."""
-
-    s: Tensor
 
 
 @register_mixer("hgrn2")
@@ -66,16 +58,16 @@ class HGRN2Mixer(Mixer):
         """W_q <- q, W_k <- k, W_v <- v, W_o <- o: where a teacher's key is large, a token replaces what is stored."""
         self.proj.load(weights)
 
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> HGRN2State:
+    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MatrixState:
         shape = (batch, self.proj.num_kv_heads, self.proj.head_dim, self.proj.value_dim)
-        return HGRN2State(torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32)))
+        return MatrixState(torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32)))
 
-    def forward(self, hidden: Tensor, state: HGRN2State | None, ctx: Context):
+    def forward(self, hidden: Tensor, state: MatrixState | None, ctx: Context):
         q, k, v = self.proj.split(hidden)
         log_forget, key = self._gate(-k.flatten(-2), ctx)
         k, log_forget = key.to(v.dtype).view(k.shape), log_forget.view(k.shape)
         o, s = linear_attention(F.silu(q), k, v, log_forget, None if state is None else state.s, ctx)
-        return self.proj.o_proj(self.norm(o.flatten(-2))), None if state is None else HGRN2State(s)
+        return self.proj.o_proj(self.norm(o.flatten(-2))), None if state is None else MatrixState(s)
 
     def _gate(self, logits: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """log f and 1 - f."""
