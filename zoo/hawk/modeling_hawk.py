@@ -68,8 +68,9 @@ class RGLRU(SelfInitialised):
 
     def gate(self, u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """sigmoid(u W + b), block by block: (B, T, E), float32 or float64."""
-        logits = torch.einsum("btni,nij->btnj", u.unflatten(-1, (self.blocks, -1)), weight) + bias
-        return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))).flatten(-2)
+        by_block = u.reshape(-1, self.blocks, weight.shape[1]).transpose(0, 1)  # (N, B T, E / N)
+        logits = torch.baddbmm(bias[:, None], by_block, weight).transpose(0, 1).reshape(u.shape)
+        return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def forward(self, u: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """u (B, T, E) and whether a token is its document's first (B or 1, T) -> factors a and inputs of the scan."""
