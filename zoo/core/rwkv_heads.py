@@ -23,7 +23,7 @@ from .attention import AttentionProjections
 from .configuration import RecurrentConfig
 from .layers import GroupedNorm
 from .mixer import Context, Mixer, MixerState
-from .rwkv import RWKVConfig, orthogonal_
+from .rwkv import RWKVConfig, curve, depth, orthogonal_
 
 __all__ = ["HeadedConfig", "HeadedMixer", "HeadedState", "LowRank"]
 
@@ -88,6 +88,14 @@ class HeadedMixer(Mixer):
             init.zeros_(self.proj.o_proj.weight)
         if self.norm is not None:
             init.constant_(self.norm.weight, ((1 + self.layer_idx) / self.config.num_hidden_layers) ** 0.7)
+
+    def init_decay_and_bonus(self, decay: Tensor, bonus: Tensor) -> None:
+        """RWKV-5's and 6's: over the channels decays rise, in steeper curves in deeper layers, and the bonus falls."""
+        from_zero, _ = depth(self.config, self.layer_idx)
+        channels, device = bonus.numel(), bonus.device
+        init.copy_(decay, curve(channels, -6, 5, 0.7 + 1.3 * from_zero, device).view_as(decay))
+        zigzag = ((torch.arange(channels, device=device) + 1) % 3 - 1) * 0.1
+        init.copy_(bonus, (curve(channels, from_zero, -from_zero, 1, device) + zigzag).view_as(bonus))
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> HeadedState:
         last = torch.zeros(batch, self.config.hidden_size, device=device, dtype=dtype)

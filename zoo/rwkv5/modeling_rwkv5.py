@@ -23,7 +23,7 @@ from ..core.mixer import Context
 from ..core.modeling import model_classes
 from ..core.recurrences import linear_attention
 from ..core.registry import register_channel_mixer, register_mixer
-from ..core.rwkv import ChannelMix, curve, depth, mix, orthogonal_, ramp, shift
+from ..core.rwkv import ChannelMix, depth, mix, orthogonal_, ramp, shift
 from ..core.rwkv_heads import HeadedMixer, HeadedState
 from .configuration_rwkv5 import RWKV5Config
 
@@ -58,13 +58,10 @@ class RWKV5Mixer(HeadedMixer):
     def init_weights(self) -> None:
         super().init_weights()
         orthogonal_(self.gate.weight, 0.1)
-        device, channels = self.mix.device, self.decay.numel()
+        self.init_decay_and_bonus(self.decay, self.bonus)
         from_zero, to_zero = depth(self.config, self.layer_idx)
-        whole, half = (ramp(self.mix.shape[1], power, device) for power in (to_zero, to_zero / 2))
+        whole, half = (ramp(self.mix.shape[1], power, self.mix.device) for power in (to_zero, to_zero / 2))
         init.copy_(self.mix, torch.stack([half, whole, whole + 0.3 * from_zero, half]))
-        init.copy_(self.decay, curve(channels, -6, 5, 0.7 + 1.3 * from_zero, device).view_as(self.decay))
-        zigzag = ((torch.arange(channels, device=device) + 1) % 3 - 1) * 0.1
-        init.copy_(self.bonus, (curve(channels, from_zero, -from_zero, 1, device) + zigzag).view_as(self.bonus))
 
     def forward(self, hidden: Tensor, state: HeadedState | None, ctx: Context):
         before, last = shift(hidden, None if state is None else state.x, ctx)

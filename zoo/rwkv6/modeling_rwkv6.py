@@ -25,7 +25,7 @@ from ..core.mixer import AttentionWeights, Context
 from ..core.modeling import model_classes
 from ..core.recurrences import linear_attention
 from ..core.registry import register_channel_mixer, register_mixer
-from ..core.rwkv import ChannelMix, curve, depth, mix, orthogonal_, ramp, shift
+from ..core.rwkv import ChannelMix, depth, mix, orthogonal_, ramp, shift
 from ..core.rwkv_heads import HeadedMixer, HeadedState, LowRank
 from .configuration_rwkv6 import RWKV6Config
 
@@ -74,18 +74,15 @@ class RWKV6Mixer(HeadedMixer):
     def init_weights(self) -> None:
         super().init_weights()
         orthogonal_(self.gate.weight, 0.1)
-        channels, device = self.bonus.numel(), self.bonus.device
+        self.init_decay_and_bonus(self.decay.up.bias, self.bonus)
         from_zero, to_zero = depth(self.config, self.layer_idx)
-        whole, half = (ramp(self.shift.mix.shape[1], power, device) for power in (to_zero, to_zero / 2))
+        whole, half = (ramp(self.shift.mix.shape[1], power, self.bonus.device) for power in (to_zero, to_zero / 2))
         init.copy_(self.shift.mix_x, 1 - whole)
         init.copy_(self.shift.mix, 1 - torch.stack([whole, whole, whole + 0.3 * from_zero, half, half]))
         for down, up in ((self.shift.down.weight, self.shift.up), (self.decay.down.weight, self.decay.up.weight)):
             if self.config.rwkv_zero_init:
                 init.zeros_(down)
             init.uniform_(up, -0.01, 0.01)
-        init.copy_(self.decay.up.bias, curve(channels, -6, 5, 0.7 + 1.3 * from_zero, device))
-        zigzag = ((torch.arange(channels, device=device) + 1) % 3 - 1) * 0.1
-        init.copy_(self.bonus, (curve(channels, from_zero, -from_zero, 1, device) + zigzag).view_as(self.bonus))
 
     @torch.no_grad()
     def init_from_attention(self, weights: AttentionWeights) -> None:

@@ -32,7 +32,7 @@ class RWKV7Config(HeadedConfig):
     model_type = "rnnzoo-rwkv7"
     mixer = "rwkv7"
     sizes = {
-        "0.1B": _size(12, 768),
+        "0.19B": _size(12, 768),
         "0.4B": _size(24, 1024, rwkv7_gate_rank=128),
         "1.5B": _size(24, 2048),
         "2.9B": _size(32, 2560),
