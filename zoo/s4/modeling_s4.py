@@ -24,14 +24,13 @@ with State-Space Models" (stable form, section 4.1).
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from transformers import initialization as init
+from torch import Tensor
 
 from ..core.modeling import model_classes
 from ..core.registry import register_mixer
 from .configuration_s4 import S4Config
 from .hippo import dplr
-from .state_space import StateSpaceMixer, as_complex, fill, pairs
+from .state_space import PairedMixer, as_complex, fill, pairs
 
 __all__ = ["S4ForCausalLM", "S4ForSequenceClassification", "S4Mixer", "S4Model"]
 
@@ -41,32 +40,23 @@ LEAST_DECAY = 1e-4
 
 
 @register_mixer("s4")
-class S4Mixer(StateSpaceMixer):
+class S4Mixer(PairedMixer):
     """The equations at the head of this file."""
 
     paper = "Gu, Goel and Re 2021, arXiv 2111.00396"
 
     def __init__(self, config: S4Config, layer_idx: int):
-        half = config.s4_state_size // 2
-        super().__init__(config, layer_idx, states=half)
-        shape = (config.hidden_size, half)
-        self.log_A_real = nn.Parameter(torch.empty(shape))
-        self.A_imag = nn.Parameter(torch.empty(shape))
-        self.P = pairs(config.hidden_size, RANKS[config.s4_init], half)
-        self.B, self.C = pairs(*shape), pairs(*shape)
+        super().__init__(config, layer_idx)
+        self.P = pairs(config.hidden_size, RANKS[config.s4_init], self.states)
 
     def init_weights(self) -> None:
-        super().init_weights()
-        eigenvalues, p, b, _ = dplr(self.config.s4_init, self.config.s4_state_size)
-        fill(self.log_A_real, (-eigenvalues.real).clamp(min=LEAST_DECAY).log())
-        fill(self.A_imag, eigenvalues.imag)
+        a, p, b, _ = dplr(self.config.s4_init, self.config.s4_state_size)
+        self.start_from(torch.complex(a.real.clamp(max=-LEAST_DECAY), a.imag), b)
         fill(self.P, p.conj())
-        fill(self.B, b)
-        init.normal_(self.C, std=0.5**0.5)  # of complex variance 1
 
     def system(self) -> dict[str, Tensor]:
         dt, p, b = self.dt(), as_complex(self.P), as_complex(self.B)
-        g = 1 / (1 - dt / 2 * torch.complex(-self.log_A_real.to(dt.dtype).exp(), self.A_imag.to(dt.dtype)))
+        g = 1 / (1 - dt / 2 * self.eigenvalues())
         left, right = g[:, None] * p, 2 * g[:, None] * p.conj()  # (D, R, N/2)
         # Products and sums instead of matrix products, which autocast would take in half precision.
         inner = (p[:, None] * right[:, :, None]).real.sum(-1)

@@ -21,7 +21,7 @@ from ..core.mixer import Context, Mixer, MixerState
 from ..core.recurrences import state_space
 from .configuration_s4 import StateSpaceConfig
 
-__all__ = ["StateSpaceMixer", "StateSpaceState", "as_complex", "fill", "pairs"]
+__all__ = ["PairedMixer", "StateSpaceMixer", "StateSpaceState", "as_complex", "fill", "pairs"]
 
 
 @dataclasses.dataclass
@@ -94,3 +94,31 @@ class StateSpaceMixer(Mixer):
         y, h = state_space(hidden, self.system(), self.D, None if state is None else state.h, ctx)
         y = self.out_proj(F.gelu(y.flatten(2)))
         return F.glu(y, -1) if self.glu else y, None if state is None else StateSpaceState(h)
+
+
+class PairedMixer(StateSpaceMixer):
+    """A state of N/2 complex numbers a channel, halves of pairs of conjugates, with eigenvalues of negative real part.
+
+    log_A_real, A_imag: (D, N/2), for -exp(log_A_real) + i A_imag. B, C: (D, N/2), complex; y = 2 Re(C h).
+    """
+
+    def __init__(self, config: StateSpaceConfig, layer_idx: int):
+        half = config.s4_state_size // 2
+        super().__init__(config, layer_idx, states=half)
+        shape = (config.hidden_size, half)
+        self.log_A_real = nn.Parameter(torch.empty(shape))
+        self.A_imag = nn.Parameter(torch.empty(shape))
+        self.B, self.C = pairs(*shape), pairs(*shape)
+
+    def start_from(self, eigenvalues: Tensor, b: Tensor) -> None:
+        """Fresh parameters: these eigenvalues and B (N/2,) in every channel, C complex normal of variance 1."""
+        super().init_weights()
+        fill(self.log_A_real, (-eigenvalues.real).log())
+        fill(self.A_imag, eigenvalues.imag)
+        fill(self.B, b)
+        init.normal_(self.C, std=0.5**0.5)
+
+    def eigenvalues(self) -> Tensor:
+        """(D, N/2), complex64 or complex128."""
+        wide = torch.promote_types(self.A_imag.dtype, torch.float32)
+        return torch.complex(-self.log_A_real.to(wide).exp(), self.A_imag.to(wide))

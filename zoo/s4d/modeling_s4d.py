@@ -20,13 +20,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
-from transformers import initialization as init
+from torch import Tensor
 
 from ..core.modeling import model_classes
 from ..core.registry import register_mixer
 from ..s4.hippo import dplr
-from ..s4.state_space import StateSpaceMixer, as_complex, fill, pairs
+from ..s4.state_space import PairedMixer, as_complex
 from .configuration_s4d import S4DConfig
 
 __all__ = ["S4DForCausalLM", "S4DForSequenceClassification", "S4DMixer", "S4DModel", "eigenvalues"]
@@ -42,35 +41,33 @@ def eigenvalues(kind: str, size: int) -> tuple[Tensor, Tensor]:
     return torch.complex(torch.full_like(n, -0.5), imaginary), torch.ones(size // 2, dtype=torch.complex128)
 
 
+def zero_order_hold(a: Tensor, b: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor and the input weight of one step dt (D, 1), the input being constant during it; a, b: (D, N/2)."""
+    return (dt * a).exp(), torch.expm1(dt * a) / a * b
+
+
+def bilinear(a: Tensor, b: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by the trapezoid rule."""
+    backward = 1 / (1 - dt / 2 * a)
+    return (1 + dt / 2 * a) * backward, dt * backward * b
+
+
+DISCRETIZATIONS = {"zoh": zero_order_hold, "bilinear": bilinear}
+
+
 @register_mixer("s4d")
-class S4DMixer(StateSpaceMixer):
+class S4DMixer(PairedMixer):
     """The equations at the head of this file."""
 
     paper = "Gu et al. 2022, arXiv 2206.11893"
 
-    def __init__(self, config: S4DConfig, layer_idx: int):
-        half = config.s4_state_size // 2
-        super().__init__(config, layer_idx, states=half)
-        shape = (config.hidden_size, half)
-        self.log_A_real = nn.Parameter(torch.empty(shape))
-        self.A_imag = nn.Parameter(torch.empty(shape))
-        self.B, self.C = pairs(*shape), pairs(*shape)
-
     def init_weights(self) -> None:
-        super().init_weights()
-        a, b = eigenvalues(self.config.s4d_init, self.config.s4_state_size)
-        fill(self.log_A_real, (-a.real).log())
-        fill(self.A_imag, a.imag)
-        fill(self.B, b)
-        init.normal_(self.C, std=0.5**0.5)  # of complex variance 1
+        self.start_from(*eigenvalues(self.config.s4d_init, self.config.s4_state_size))
 
     def system(self) -> dict[str, Tensor]:
-        dt, b, c = self.dt(), as_complex(self.B), as_complex(self.C)
-        a = torch.complex(-self.log_A_real.to(dt.dtype).exp(), self.A_imag.to(dt.dtype))
-        if self.config.s4d_discretization == "bilinear":
-            backward = 1 / (1 - dt / 2 * a)
-            return {"a": (1 + dt / 2 * a) * backward, "b": dt * backward * b, "c": 2 * c}
-        return {"a": (dt * a).exp(), "b": torch.expm1(dt * a) / a * b, "c": 2 * c}
+        discretize = DISCRETIZATIONS[self.config.s4d_discretization]
+        a, b = discretize(self.eigenvalues(), as_complex(self.B), self.dt())
+        return {"a": a, "b": b, "c": 2 * as_complex(self.C)}
 
 
 S4DModel, S4DForCausalLM, S4DForSequenceClassification = model_classes(S4DConfig)
