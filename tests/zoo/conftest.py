@@ -45,7 +45,8 @@ TINY["s4d:bilinear"] = {"s4_state_size": 6, "s4d_init": "inv", "s4d_discretizati
 TINY["gated_delta_net.attention:partial"] = {"norm_type": "rms_offset"}
 TINY["gated_delta_net.attention:partial"] |= {"rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5}}
 HYBRID = ("mamba2", "full_attention", "supra", "sliding_attention")
-STACKS = [(name, name) for name in (*known_mixers(), *(name for name in TINY if ":" in name))] + [HYBRID]
+BASED = ("based.convolution", "based", "sliding_attention")
+STACKS = [(name, name) for name in (*known_mixers(), *(name for name in TINY if ":" in name))] + [HYBRID, BASED]
 
 
 def tiny_config(stack: tuple[str, ...], heads: int = 4, kv_heads: int = 2, **overrides) -> RecurrentConfig:

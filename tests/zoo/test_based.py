@@ -60,6 +60,31 @@ def test_a_student_starts_close_to_its_teachers_softmax():
         BasedMixer(BasedConfig(**SIZES), 0).init_from_attention(weights)
 
 
-def test_wrong_options_are_refused():
-    with pytest.raises(ValueError, match="based_feature_dim must be at least 1, got 0"):
-        BasedConfig(**SIZES, based_feature_dim=0)
+@torch.no_grad()
+def test_its_convolution_gates_a_few_tokens():
+    torch.manual_seed(0)
+    config = BasedConfig(**SIZES, layer_types=["based.convolution"], based_conv_width=10, initializer_range=0.3)
+    model = BasedModel(config).double()
+    mixer, x = model.layers[0].mixer, torch.randn(1, 9, 24, dtype=torch.float64)
+    mixer.in_proj.bias.uniform_(-1, 1)
+    y, _ = mixer(x, None, model.make_context(1, 9, x.device))
+    u, gate = (x[0] @ mixer.in_proj.weight.T + mixer.in_proj.bias).split(10, -1)
+    for t in range(9):
+        taps = [(t - 2 + j, mixer.conv1d.weight[:, 0, j]) for j in range(3)]
+        z = sum(weight * u[i] for i, weight in taps if i >= 0)
+        expected = (z * torch.sigmoid(z) * gate[t]) @ mixer.out_proj.weight.T + mixer.out_proj.bias
+        torch.testing.assert_close(y[0, t], expected, rtol=1e-9, atol=1e-9)
+    assert mixer.conv1d.weight.abs().max() <= 3**-0.5
+
+
+@pytest.mark.parametrize("size", BasedConfig.sizes)
+def test_the_papers_sizes_are_a_mix_of_three_kinds_of_layers(size):
+    types = BasedConfig(**BasedConfig.sizes[size]).layer_types
+    assert types[:4] == ["based.convolution", "based", "sliding_attention", "based.convolution"]
+    assert types.count("based") == types.count("sliding_attention") == {"360M": 5, "1.3B": 7}[size]
+
+
+@pytest.mark.parametrize("name", ["based_feature_dim", "based_conv_width", "based_conv_kernel"])
+def test_wrong_options_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        BasedConfig(**SIZES, **{name: 0})

@@ -1,7 +1,7 @@
 """JRT-RNN: prefix linear attention. Every token of a document sees all of its prefix, through projections of its own.
 
     o_i = phi(q_i) (sum_{j<=i} phi(k_j)^T v_j + sum_{j in P} phi(k'_j)^T v'_j)
-          / phi(q_i) (sum_{j<=i} phi(k_j)     + sum_{j in P} phi(k'_j))                 section 4.2
+          / phi(q_i) (sum_{j<=i} phi(k_j)     + sum_{j in P} phi(k'_j))                 "JRT-RNN", section 4
     k', v' = x W_k', x W_v'                     of the tokens of the prefix P; phi is Based's Taylor series
 
 A causal state must decide what to keep before it knows what will be asked. Here the prompt has been read once before
