@@ -22,10 +22,6 @@ class LRUConfig(RecurrentConfig):
 
     model_type = "rnnzoo-lru"
     mixer = "lru"
-    sizes = {
-        "ListOps": {"hidden_size": 128, "num_hidden_layers": 6, "lru_state_size": 256},
-        "Text": {"hidden_size": 256, "num_hidden_layers": 6, "lru_state_size": 192},
-    }
 
     intermediate_size: int | None = 0
     norm_type: str = "layer"
