@@ -12,11 +12,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .. import native
 from ..checks import check_steps, expect, expect_ndim
 from ..dispatch import dispatch, register
 from ..errors import ShapeError
 
 __all__ = ["block_scan", "block_scan_step"]
+
+
+def _cpu():
+    from .cpu import block_scan
+
+    return block_scan
 
 
 def _chunked():
@@ -37,6 +44,15 @@ def _chunked_step():
     return block_scan_step
 
 
+def _cpu_supports(*, a, x, initial_state, seq_ids, mask) -> str | None:
+    return native.supports("block_scan", {"a": a, "x": x, "initial_state": initial_state})
+
+
+def _cpu_available() -> str | None:
+    return native.problem("block_scan", build=False)
+
+
+register("block_scan", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
 register("block_scan", "chunked", _chunked, priority=10)
 register("block_scan", "reference", _reference, priority=0)
 register("block_scan_step", "chunked", _chunked_step, priority=10)
