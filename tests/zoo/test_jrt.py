@@ -179,13 +179,15 @@ def test_generate_takes_the_prompt_as_the_prefix(causal_lm):
 
 
 @torch.no_grad()
-def test_a_prefix_in_pieces_is_refused_and_the_cache_left_as_it_was(model):
+def test_a_prefix_in_pieces_is_refused_and_the_cache_left_as_it_was(model, make_model):
     cache = model(IDS[:, :3], use_cache=True, prefix_mask=PREFIX[:, :3]).past_key_values
     with pytest.raises(RnnzooError, match="whole prefix has to arrive in the call"):
         model(IDS[:, 3:], past_key_values=cache, prefix_mask=PREFIX[:, 3:])
     with pytest.raises(ShapeError, match=r"prefix_mask has shape \(2, 14\), expected \(2, 11\)"):
         model(IDS[:, 3:], past_key_values=cache, prefix_mask=PREFIX)
     assert cache.get_seq_length() == 3
+    with pytest.raises(RnnzooError, match="No layer of this model"):
+        make_model(("based",)).model(IDS, prefix_mask=PREFIX)
     cut = PREFIX & (torch.arange(14) < 3)
     close(
         model(IDS[:, 3:], past_key_values=cache).last_hidden_state,

@@ -202,6 +202,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
         cache = self._cache(past_key_values if past_key_values is not None else cache_params, use_cache)
         prefix = None
         if prefix_mask is not None:
+            if not any("prefix_mask" in mixer_class(kind).columns for kind in set(self.config.layer_types)):
+                raise RnnzooError("No layer of this model makes use of a prefix_mask; leave it out.")
             # Before the cache takes in the call, so that it stays as it is if the prefix does not fit.
             expected = lay_out(None if cache is None else cache.progress, mask, ids, named, shape, device)
             prefix = prefix_tokens(prefix_mask, mask, expected, shape)
