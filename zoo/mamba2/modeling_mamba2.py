@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ...kernels.errors import ShapeError
+from ..core.attention import copy_weight
 from ..core.layers import RMSNorm
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
 from ..core.modeling import model_classes
@@ -114,15 +114,14 @@ class Mamba2Mixer(Mixer):
         """
         rows = [self.heads * self.head_dim, *self.conv_widths, self.heads]
         _, x, b, c, _ = self.in_proj.weight.split(rows)
-        for target, name, ours in ((x, "v", "x"), (b, "k", "B"), (c, "q", "C")):
-            _put(target, getattr(weights, name), name, ours)
-        _put(self.out_proj.weight, weights.o, "o", "out_proj")
         biases = [None] * 5 if self.in_proj.bias is None else self.in_proj.bias.split(rows)
-        for ours, name in zip(biases[1:4], "vkq", strict=True):
-            _put(ours, getattr(weights, f"{name}_bias"), f"{name} bias", "in_proj.bias", fill=0.0)
-        _put(self.out_proj.bias, weights.o_bias, "o bias", "out_proj.bias", fill=0.0)
+        for target, bias, name, ours in zip((x, b, c), biases[1:4], "vkq", "xBC", strict=True):
+            copy_weight(target, getattr(weights, name), f"{name} (in_proj's {ours})", None)
+            copy_weight(bias, getattr(weights, f"{name}_bias"), f"{name} bias (in_proj's {ours})", 0.0)
+        copy_weight(self.out_proj.weight, weights.o, "o (out_proj)", None)
+        copy_weight(self.out_proj.bias, weights.o_bias, "o bias (out_proj)", 0.0)
         for norm, name in ((self.b_norm, "k_norm"), (self.c_norm, "q_norm")):
-            _put(None if norm is None else norm.weight, getattr(weights, name), name, "B/C norm", fill=1.0)
+            copy_weight(None if norm is None else norm.weight, getattr(weights, name), name, 1.0)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Mamba2State:
         conv = torch.zeros(batch, sum(self.conv_widths), self.config.ssm_conv_kernel - 1, device=device, dtype=dtype)
@@ -164,21 +163,6 @@ class Mamba2Mixer(Mixer):
         b = self.b_norm(b.unflatten(-1, (self.b_groups, -1))).flatten(-2)
         c = self.c_norm(c.unflatten(-1, (self.c_groups, -1))).flatten(-2)
         return torch.cat([x, b, c], -1)
-
-
-def _put(target: Tensor | None, source: Tensor | None, source_name: str, name: str, fill: float | None = None) -> None:
-    """Copies a teacher's tensor into (a view of) ours; what the teacher lacks is filled with the neutral value."""
-    if source is None:
-        if target is not None and fill is not None:
-            target.fill_(fill)
-        return
-    if target is None or target.shape != source.shape:
-        shape = None if target is None else tuple(target.shape)
-        raise ShapeError(
-            f"The teacher's {source_name} has shape {tuple(source.shape)}, but {name} of this layer is {shape}; "
-            "take the sizes from Mamba2Config.student_fields and the biases and norms from the teacher."
-        )
-    target.copy_(source)
 
 
 Mamba2Model, Mamba2ForCausalLM, Mamba2ForSequenceClassification = model_classes(Mamba2Config)
