@@ -108,6 +108,7 @@ def draw(records: Iterable[Record], path: Path) -> None:
         if column.chance is not None:
             axes.axvline(column.chance, color=LINE, linestyle=":", linewidth=1)
             axes.set_xlim(-0.04, 1.04)
+            axes.set_xticks([0.0, 0.5, 1.0])
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         for y, name in enumerate(names):
             if record := rows[name].get(column.task):
