@@ -30,6 +30,7 @@ TINY |= {
     "delta_net": {"delta_num_heads": 4, "delta_k_heads": 2, "delta_v_heads": 2, "delta_conv_kernel": 3}
     | {"delta_gate": True, "delta_negative_eigenvalues": True},
     "gated_delta_net": {"gdn_num_heads": 2, "gdn_key_dim": 5, "gdn_value_dim": 6, "gdn_v_heads": 4},
+    "kda": {"kda_num_heads": 4, "kda_k_heads": 2, "kda_v_heads": 2, "kda_value_dim": 5, "kda_gate_bias": True},
     "mamba": {"mamba_state_size": 3, "ssm_conv_kernel": 3, "intermediate_size": 0},
 }
 TINY["s4d"] = {"s4_state_size": 6, "s4d_init": "legs"}
@@ -44,6 +45,7 @@ TINY["s4:legt"] = {"s4_state_size": 8, "s4_init": "legt"}
 TINY["s4d:bilinear"] = {"s4_state_size": 6, "s4d_init": "inv", "s4d_discretization": "bilinear"}
 TINY["gated_delta_net.attention:partial"] = {"norm_type": "rms_offset"}
 TINY["gated_delta_net.attention:partial"] |= {"rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5}}
+TINY["kda.attention:latent"] = {"mla_rank": 7, "mla_shared_dim": 3, "mla_key_dim": 5, "mla_value_dim": 6}
 HYBRID = ("mamba2", "full_attention", "supra", "sliding_attention")
 BASED = ("based.convolution", "based", "sliding_attention")
 STACKS = [(name, name) for name in (*known_mixers(), *(name for name in TINY if ":" in name))] + [HYBRID, BASED]

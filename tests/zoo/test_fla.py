@@ -122,6 +122,16 @@ def gated_delta_net(w, x, config, layer, model):
     return o.flatten(1) @ w["o_proj.weight"].T
 
 
+def kda(w, x, config, layer, model):
+    f, gate = (x @ w[f"{y}_proj.0.weight"].T @ w[f"{y}_proj.1.weight"].T for y in "fg")
+    rate = F.softplus(f + w["dt_bias"]).unflatten(-1, (len(w["A_log"]), -1))
+    alpha = torch.exp(-w["A_log"].exp()[:, None] * rate)
+    beta = torch.sigmoid(x @ w["b_proj.weight"].T) * (2 if config["allow_neg_eigval"] else 1)
+    o = rms(deltas(w, x, config["num_heads"], alpha, beta), w["o_norm.weight"])
+    o = o * torch.sigmoid(gate + w["g_proj.1.bias"]).unflatten(-1, o.shape[1:])
+    return o.flatten(1) @ w["o_proj.weight"].T
+
+
 MIXERS = {
     "hgrn2": (hgrn2, {}),
     "hgrn2:unbounded": (hgrn2, {"hgrn2_lower_bounds": False, "hgrn2_key_dim": 8}),
@@ -147,6 +157,12 @@ MIXERS = {
         {"gdn_num_heads": 2, "gdn_v_heads": 4, "gdn_gate_activation": "sigmoid", "gdn_negative_eigenvalues": True},
     ),
     "gated_delta_net:ungated": (gated_delta_net, {"gdn_num_heads": 3, "gdn_value_dim": 5, "gdn_gate": False}),
+    "kda": (kda, {"kda_gate_bias": True}),
+    "kda:grouped": (
+        kda,
+        {"kda_gate_bias": True, "kda_num_heads": 2, "kda_v_heads": 4, "kda_value_dim": 8}
+        | {"kda_negative_eigenvalues": True},
+    ),
 }
 
 

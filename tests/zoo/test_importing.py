@@ -20,6 +20,8 @@ NEEDED = {
         "norm_type": "rms_offset",
         "layer_types": ["gated_delta_net", "gated_delta_net.attention"],
     },
+    ("kda", "fla"): {"kda_gate_bias": True},
+    ("kda", "transformers"): {"layer_types": ["kda", "kda.attention"]},
 }
 EVERY = [(name, own) for name in importable() for own in formats(name)]
 
