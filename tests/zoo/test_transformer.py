@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -83,3 +85,20 @@ def test_published_sizes_have_the_published_number_of_parameters(size, millions)
     with torch.device("meta"):
         model = TransformerForCausalLM(TransformerConfig(**TransformerConfig.sizes[size]))
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=1e-3)
+
+
+@torch.no_grad()
+def test_a_configuration_of_an_older_transformers_is_read_too(tmp_path):
+    torch.manual_seed(2)
+    rope = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rope_parameters=rope)).eval()
+    model.save_pretrained(tmp_path / "original")
+    file = tmp_path / "original" / "config.json"
+    config = json.loads(file.read_text())
+    del config["rope_parameters"], config["dtype"]
+    config |= {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "float32"}
+    file.write_text(json.dumps(config))
+    ours = import_checkpoint(tmp_path / "original", "transformer", tmp_path / "new")
+    ids = torch.arange(40)[None]
+    logits = transformers.AutoModelForCausalLM.from_pretrained(ours)(ids).logits
+    torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-4)
