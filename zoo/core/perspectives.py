@@ -4,7 +4,8 @@
     y_t = sum_i softmax(W mean_j norm(x^j_t))_i norm(x^i_t)
 
 The streams differ by what layers give them of their own (in RWKV the factors of token shift). As the head is linear,
-this is the paper's weighted sum of the streams' logits.
+this is the paper's weighted sum of the streams' logits. The authors start all streams alike, so that only the random W
+tells them apart in the first step, and W itself gets its first gradient in the second.
 
 B batch, T time, P perspectives, D hidden_size.
 Source: Dumitru, Peteleaza and Surdeanu 2024, "Enhancing Transformer RNNs with Multiple Temporal Perspectives"
