@@ -42,6 +42,13 @@ def test_published_sizes_are_configurations_and_weigh_what_their_names_say(name)
             assert 0.7 * named < parameter_count(config) < 1.4 * named, (size, parameter_count(config))
 
 
+def test_a_state_that_grows_is_told():
+    if "transformer" in architectures():
+        assert all(size["growing_layers"] == size["layers"] for size in published_sizes("transformer").values())
+        assert facts("transformer")["from_attention"]
+    assert published_sizes("mamba2")["130M"]["growing_layers"] == 0
+
+
 @pytest.mark.parametrize("types", [["mamba2", "supra"], ["hedgehog", "full_attention", "sliding_attention"]])
 def test_sizes_told_in_advance_are_those_of_the_model_and_its_cache(types):
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": len(types), "sliding_window": 4}

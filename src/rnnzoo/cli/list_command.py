@@ -76,9 +76,13 @@ def summary(model: type) -> str:
 
 
 def published_sizes(architecture: str) -> dict[str, dict[str, int]]:
-    """Layers, width, parameters, and state bytes of one sequence in bfloat16, of each published size."""
+    """Layers, width, parameters, and state bytes of one sequence in bfloat16, of each published size.
+
+    `growing_layers` are those whose state grows with the text and is not counted.
+    """
     import torch
 
+    from ..zoo.core.registry import mixer_class
     from ..zoo.core.sizes import architecture_config, parameter_count, state_bytes, window_bytes
 
     cls = architecture_config(architecture)
@@ -91,6 +95,9 @@ def published_sizes(architecture: str) -> dict[str, dict[str, int]]:
             "vocab_size": config.vocab_size,
             "parameters": parameter_count(config),
             "state_bytes": state_bytes(config, torch.bfloat16) + window_bytes(config, torch.bfloat16),
+            "growing_layers": sum(
+                not mixer_class(kind).complexity.endswith("/ 1") for kind in config.layer_types or ()
+            ),
         }
     return found
 
@@ -152,7 +159,7 @@ def _show_sizes(published: dict[str, dict[str, dict[str, int]]], console: Consol
                 Text(size),
                 *(f"{entry[key]:,}" for key in ("layers", "hidden_size", "vocab_size")),
                 format_count(entry["parameters"]),
-                format_bytes(entry["state_bytes"]),
+                "grows" if entry["growing_layers"] else format_bytes(entry["state_bytes"]),
             )
             name = ""
     console.print(table)
