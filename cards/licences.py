@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["HUB_LICENCES", "hub_licence"]
+import re
+from typing import Any
+
+from ..kernels.errors import RnnzooError
+
+__all__ = ["HUB_LICENCES", "forbids_derivatives", "hub_licence", "may_publish"]
 
 _NAMES = """
     apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
@@ -25,3 +30,36 @@ def hub_licence(name: str | None) -> dict[str, str]:
     if identifier in HUB_LICENCES:
         return {"license": identifier}
     return {"license": "other", "license_name": identifier}
+
+
+def forbids_derivatives(licence: str | None) -> bool:
+    """Whether a licence, in any common spelling, lets nobody publish what was made from the work: the ND ones of
+    Creative Commons (cc-by-nd-4.0, "CC BY-NC-ND 3.0", creativecommons.org/licenses/by-nd/4.0, ...)."""
+    spelled = re.sub(r"[^a-z]+", "-", (licence or "").lower()) + "-"
+    return re.search(r"(^|-)(nd|no-?deriv(ative)?s?)-", spelled) is not None
+
+
+def may_publish(results: dict[str, Any] | None, permission: bool = False) -> bool:
+    """Whether a model may go to the Hub by its teacher's licence.
+
+    Args:
+        results: results.json as read; `publish: {"permission": true}` in it says that permission was given.
+        permission: the publisher says so now.
+    Returns:
+        True where permission is what allows it (it belongs into results.json, and the card says so); False where the
+        licence itself does not forbid it, or says nothing.
+    Raises:
+        RnnzooError: the licence forbids derivatives and there is no permission.
+    """
+    teacher = (results or {}).get("teacher") or {}
+    stated = [str(teacher.get(key) or "") for key in ("licence", "licence_name")]
+    forbidding = next((licence for licence in stated if forbids_derivatives(licence)), None)
+    if forbidding is None:
+        return False
+    if permission or ((results or {}).get("publish") or {}).get("permission") is True:
+        return True
+    name = teacher.get("base_model") or teacher.get("name") or "the teacher"
+    raise RnnzooError(
+        f"The licence of {name}, {forbidding}, forbids publishing what is derived from it; if its owner permitted you "
+        "to, say so with --i-have-permission, and the card will say it too."
+    )

@@ -30,6 +30,7 @@ COMMANDS = {
     "import": "Take in a checkpoint of another implementation.",
     "export": "Write a model as another implementation's checkpoint.",
     "card": "Write the model card from what was measured.",
+    "push": "Upload a model to the Hub, with card and code.",
     "generate": "Continue a prompt, or answer it, as a stream of text.",
     "bench": "Time the kernels against what else is installed.",
     "env": "Versions, devices, and why each kernel backend is (not) chosen.",
@@ -102,7 +103,7 @@ def _usage(error: click.UsageError) -> int:
 
 def _interrupted(arguments: list[str]) -> int:
     message = "stopped"
-    if arguments[:1] in (["convert"], ["train"], ["eval"]):
+    if arguments[:1] in (["convert"], ["train"], ["eval"], ["push"]):
         # --restart would throw away what this run has reached.
         again = [argument for argument in arguments if argument != "--restart"]
         message += f"; the same command goes on from here: rnnzoo {shlex.join(again)}"

@@ -1,0 +1,185 @@
+"""`rnnzoo push DIR REPO`: a model to the Hub, in one commit that a stopped upload goes on with."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..kernels.errors import RnnzooError
+from .output import Output, output_options
+from .quantities import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..cards.published import PublishedFile
+
+
+@click.command("push")
+@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False))
+@click.argument("repo", metavar="REPO")
+@click.option("--private", is_flag=True, help="Make the repository private; an existing public one is refused.")
+@click.option("--branch", "--revision", default="main", show_default=True, help="Made where it is missing.")
+@click.option("--tag", help="A tag for the commit, such as v1.0.")
+@click.option("--pr", "pull_request", is_flag=True, help="Propose the commit as a pull request.")
+@click.option("--message", help="Of the commit. Default: Upload with rnnzoo VERSION.")
+@click.option(
+    "--i-have-permission",
+    "permission",
+    is_flag=True,
+    help="The teacher's owner permitted publishing, although its licence forbids derivatives; the card says so.",
+)
+@click.option("--dry-run", is_flag=True, help="Show which files would go, with sizes; no network, nothing is written.")
+@output_options
+def command(
+    folder: str,
+    repo: str,
+    private: bool,
+    branch: str,
+    tag: str | None,
+    pull_request: bool,
+    message: str | None,
+    permission: bool,
+    dry_run: bool,
+    output: Output,
+) -> None:
+    """Upload the model in DIR to the Hub's repository REPO (owner/name), which is made where there is none.
+
+    Weights, configuration, tokenizer, card, plots, results, recipe and modelling code go up, in one commit; files that
+    are there are not sent again, also after an interrupted upload. Log in with `hf auth login`, or set HF_TOKEN;
+    HF_ENDPOINT and HF_HUB_DISABLE_PROGRESS_BARS work as in the Hub's own tools.
+    """
+    if pull_request and tag:
+        raise click.UsageError("A tag needs a commit on a branch: --tag does not go with --pr.")
+    files, left = _prepare(folder, permission, dry_run, output)
+    if dry_run:
+        _show_plan(files, left, repo, output)
+        return
+    from ..cards.hub import push_files
+
+    with _quiet_hub(output):
+        pushed = push_files(
+            files,
+            repo,
+            private=private,
+            branch=branch,
+            tag=tag,
+            pull_request=pull_request,
+            message=message,
+            note=output.note,
+        )
+    output.result(dataclasses.asdict(pushed), lambda console: _show(pushed, files, console))
+
+
+def _prepare(folder: str, permission: bool, dry_run: bool, output: Output) -> tuple[list[PublishedFile], list[str]]:
+    """Checks licence, weights and card; without --dry-run, writes the permission down and the card where it lacks."""
+    from ..cards.licences import may_publish
+    from ..cards.published import local_paths, published_files, read_results
+    from ..cards.render import render_card
+
+    published_files(folder)  # a folder that is no model must be told before its licence
+    results = read_results(folder)
+    permitted = may_publish(results, permission)
+    if results is None:
+        output.note(f"{folder} has no results.json: its teacher's licence is not known here; check it yourself")
+    elif not dry_run:
+        recorded = (results.get("publish") or {}).get("permission") is True
+        if permitted and not recorded:
+            _record_permission(Path(folder), results)
+        if (permitted and not recorded) or not (Path(folder) / "README.md").is_file():
+            render_card(folder)
+    if not (Path(folder) / "README.md").is_file():
+        output.note(f"{folder} has no README.md: there will be no model card")
+    elif results is not None:
+        _check_card(Path(folder))
+    if named := local_paths(folder):
+        output.note(f"results.json names paths of this machine, which will be public: {', '.join(named[:3])}")
+    return published_files(folder)
+
+
+def _record_permission(folder: Path, results: dict[str, Any]) -> None:
+    import json
+
+    from ..conversions.files import replace_text
+
+    results["publish"] = (results.get("publish") or {}) | {"permission": True}
+    try:
+        replace_text(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise RnnzooError(f"Cannot write results.json in {folder}: {error.strerror or error}.") from None
+
+
+def _check_card(folder: Path) -> None:
+    from ..cards.validate import validate_card
+
+    try:
+        problems = validate_card((folder / "README.md").read_text(encoding="utf-8"), folder)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RnnzooError(f"{folder / 'README.md'} cannot be read: {error}.") from None
+    if problems:
+        raise RnnzooError(
+            f"The card of {folder} is not valid: {problems[0]} `rnnzoo card {folder}` writes it again from "
+            "results.json."
+        )
+
+
+@contextlib.contextmanager
+def _quiet_hub(output: Output) -> Iterator[None]:
+    """huggingface_hub's warnings of a retry are notes: with --quiet they go nowhere."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    if output.quiet:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _show_plan(files: list[PublishedFile], left: list[str], repo: str, output: Output) -> None:
+    value = {
+        "repo": repo,
+        "files": [{"path": file.path, "size": file.size, "lfs": file.lfs} for file in files],
+        "bytes": sum(file.size for file in files),
+        "left_out": left,
+    }
+
+    def show(console: Console) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for file in files:
+            table.add_row(Text(file.path), Text(format_bytes(file.size), justify="right"), "LFS" if file.lfs else "")
+        console.print(table)
+        console.print(Text(f"{len(files)} files, {format_bytes(value['bytes'])}, to {repo}; nothing was sent"))
+        if left:
+            console.print(Text(f"left out: {', '.join(left)}"))
+
+    output.result(value, show)
+
+
+def _show(pushed: Any, files: list[PublishedFile], console: Console) -> None:
+    from rich.text import Text
+
+    lines = []
+    if pushed.created:
+        lines.append(f"made the repository {pushed.repo}")
+    if not pushed.uploaded and not pushed.deleted:
+        lines.append(f"nothing to do: all {pushed.unchanged} files are there, at commit {pushed.commit[:8]}")
+    else:
+        size = sum(file.size for file in files if file.path in pushed.uploaded)
+        same = f"; {pushed.unchanged} unchanged" if pushed.unchanged else ""
+        lines.append(f"{len(pushed.uploaded)} files, {format_bytes(size)}, as commit {pushed.commit[:8]}{same}")
+    if pushed.deleted:
+        lines.append(f"no longer there: {', '.join(pushed.deleted)}")
+    if pushed.tag:
+        lines.append(f"tag {pushed.tag}")
+    for line in [*lines, pushed.pull_request or pushed.url]:
+        console.print(Text(line), soft_wrap=True)
