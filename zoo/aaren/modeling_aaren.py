@@ -88,12 +88,15 @@ class AarenMixer(Mixer):
 
     def _scores(self, k: Tensor) -> Tensor:
         """k (B, T, Hk, d) -> (B, T, H, 1), float32 (float64 for float64)."""
-        q = self.proj.q_proj(self.query.to(k.dtype)).unflatten(-1, (self.proj.num_heads, -1))
+        # Two rows, and sums instead of products with one vector: the last bit of these depends on where in memory the
+        # weights lie, and a loaded model would not give quite the same logits as the saved one.
+        q = self.proj.q_proj(self.query.to(k.dtype).expand(2, -1))[0].unflatten(-1, (self.proj.num_heads, -1))
         if self.proj.q_norm is not None:
-            q = self.proj.q_norm(q).to(k.dtype)
-        q = q.unflatten(0, (self.proj.num_kv_heads, -1)).transpose(1, 2)  # (Hk, d, H / Hk)
-        scores = torch.einsum("bthd,hdg->bthg", k, q.to(k.dtype)).flatten(-2)[..., None]
-        return scores.to(torch.promote_types(k.dtype, torch.float32)) * k.shape[-1] ** -0.5
+            q = self.proj.q_norm(q)
+        wide = torch.promote_types(k.dtype, torch.float32)
+        q = q.to(wide).unflatten(0, (self.proj.num_kv_heads, -1))  # (Hk, H / Hk, d)
+        scores = (k.to(wide).unsqueeze(3) * q).sum(-1, keepdim=True) * k.shape[-1] ** -0.5
+        return scores.flatten(2, 3)
 
 
 AarenModel, AarenForCausalLM, AarenForSequenceClassification = model_classes(AarenConfig)
