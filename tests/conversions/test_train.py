@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -158,3 +160,17 @@ def test_command_line_trains_with_evaluation_and_card(text, tmp_path, capsys):
     assert results["evaluation"]["perplexity"][0]["column"] == "student"
     assert "## Training" in (out / "README.md").read_text()
     assert json.loads((out / "config.json").read_text())["ssm_state_size"] == 8
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(text, tmp_path):
+    """torchrun: each has its own batches, the first writes, and a second call finds all done."""
+    out = tmp_path / "model"
+    small = ["--layers", "1", "--hidden-size", "16", "--context", "64", "--batch-size", "2", "--no-evaluate"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*run, "-m", "rnnzoo", "train", "--arch", "supra", "--data", text, "--out", str(out), *small]
+    for _ in range(2):
+        done = subprocess.run([*command, "--steps", "6", "--json"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["training"]["tokens"] == 6 * 2 * 2 * 64
+    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() > 0
