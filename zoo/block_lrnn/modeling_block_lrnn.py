@@ -76,7 +76,7 @@ class BlockLRNNMixer(Mixer):
         u = self.value_out(torch.relu(self.value_in(hidden))).to(a.dtype).unflatten(-1, (self.blocks, self.width))
         # A document's first token also carries what its transition makes of the learned start.
         first = (ctx.positions == 0)[..., None, None]
-        u = torch.where(first, u + (a @ self.start.to(a.dtype)[..., None])[..., 0], u)
+        u = torch.where(first, u + (a * self.start.to(a.dtype)[:, None]).sum(-1), u)
         h, after = scan_blocks(a, u, None if state is None else state.h, ctx)
         y = h.flatten(-2).to(hidden.dtype)
         y = y if self.out_proj is None else self.out_proj(y)
