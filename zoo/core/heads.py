@@ -13,13 +13,17 @@ def derive_heads(config: RecurrentConfig, prefix: str, widest: int = 128) -> Non
     """Fills what is None of `<prefix>_key_dim`, `_num_heads` and `_value_dim`: equal heads that share hidden_size.
 
     Args:
-        widest: where nothing is given, the key width is the largest divisor of hidden_size up to this.
+        widest: where nothing is given, the key width is the largest proper divisor of hidden_size up to this.
     """
     width = config.hidden_size
     key_dim, heads, value_dim = (f"{prefix}_{name}" for name in ("key_dim", "num_heads", "value_dim"))
     if getattr(config, key_dim) is None:
         given = getattr(config, heads)
-        share = width // given if given else next(d for d in range(min(widest, width), 0, -1) if width % d == 0)
+        share = (
+            width // given
+            if given
+            else next(d for d in range(min(widest, max(1, width // 2)), 0, -1) if width % d == 0)
+        )
         setattr(config, key_dim, max(1, share))
     if getattr(config, heads) is None:
         setattr(config, heads, max(1, width // getattr(config, key_dim)))

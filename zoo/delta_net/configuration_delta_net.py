@@ -17,7 +17,7 @@ class DeltaNetConfig(RecurrentConfig):
     """`RecurrentConfig`, and the sizes of the states.
 
     Args:
-        delta_key_dim: channels of a query and a key; None: the largest divisor of hidden_size up to 128, or with
+        delta_key_dim: channels of a query and a key; None: the largest proper divisor of hidden_size up to 128, or with
             `delta_num_heads` its share of hidden_size.
         delta_num_heads: None for hidden_size / delta_key_dim.
         delta_value_dim: None for hidden_size / delta_num_heads.

@@ -20,7 +20,8 @@ class GatedDeltaNetConfig(RecurrentConfig):
     rotation and biases of `RecurrentConfig`, norms of q and k of its `norm_type`, outputs times sigmoid(W_g x).
 
     Args:
-        gdn_num_heads: heads of queries; None for heads of 256 channels that fill 3/4 of hidden_size.
+        gdn_num_heads: heads of queries; None for heads of 256 channels that fill 3/4 of hidden_size, two at
+            least.
         gdn_key_dim: channels of a query and a key; None for their share of 3/4 of hidden_size.
         gdn_value_dim: None for twice the key's.
         gdn_k_heads, gdn_v_heads: heads of keys and values; None for `gdn_num_heads`. There is a state for each head of
@@ -60,7 +61,7 @@ class GatedDeltaNetConfig(RecurrentConfig):
     def derive(config: RecurrentConfig) -> None:
         inner = max(1, 3 * config.hidden_size // 4)
         if config.gdn_num_heads is None:
-            config.gdn_num_heads = max(1, round(inner / (config.gdn_key_dim or 256)))
+            config.gdn_num_heads = max(2, round(inner / (config.gdn_key_dim or 256)))
         if config.gdn_key_dim is None:
             config.gdn_key_dim = max(1, inner // config.gdn_num_heads)
         if config.gdn_value_dim is None:

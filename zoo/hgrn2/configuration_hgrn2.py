@@ -18,7 +18,7 @@ class HGRN2Config(RecurrentConfig):
 
     Args:
         hgrn2_key_dim: channels of a head's gate, its key and its query, the expansion ratio of the paper; None: the
-            largest divisor of hidden_size up to 128, or with `hgrn2_num_heads` its share of hidden_size.
+            largest proper divisor of hidden_size up to 128, or with `hgrn2_num_heads` its share of hidden_size.
         hgrn2_num_heads: None for hidden_size / hgrn2_key_dim.
         hgrn2_value_dim: input channels of a head; None for hidden_size / hgrn2_num_heads.
         hgrn2_kv_heads: heads with a gate, an input and a state, each read by a group of query heads (students of

@@ -20,7 +20,7 @@ class KDAConfig(RecurrentConfig):
     `num_attention_heads`, and the fields that begin with "mla".
 
     Args:
-        kda_key_dim: channels of a query and a key; None: the largest divisor of hidden_size up to 128, or with
+        kda_key_dim: channels of a query and a key; None: the largest proper divisor of hidden_size up to 128, or with
             `kda_num_heads` its share of hidden_size.
         kda_num_heads: heads of queries; None for hidden_size / kda_key_dim.
         kda_value_dim: None for hidden_size / kda_num_heads.
