@@ -90,7 +90,16 @@ def push_files(
         said = sentence(error, repo, branch)
         if said is None:
             raise
+        _end_bars()
         raise said from error
+
+
+def _end_bars() -> None:
+    """huggingface_hub leaves the bars of failed uploads open: they would be drawn once more after the error."""
+    from huggingface_hub.utils import tqdm
+
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 class _Push:

@@ -55,8 +55,13 @@ def waiting_time(error: BaseException, attempt: int) -> float | None:
 
 def asked_once(error: BaseException) -> bool:
     """Whether the request that failed is one of a commit that huggingface_hub does not repeat by itself."""
-    request = getattr(_cause(error), "request", None)
-    return request is not None and any(part in str(request.url) for part in ("/commit/", "/api/validate-yaml"))
+    error = _cause(error)
+    response = getattr(error, "response", None)
+    try:
+        address = str((error if response is None else response).request.url)  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):  # an error that knows no request
+        return False
+    return any(part in address for part in ("/commit/", "/api/validate-yaml"))
 
 
 def _retry_after(headers: dict[str, str]) -> float | None:
@@ -116,8 +121,8 @@ def sentence(error: BaseException, repo: str, branch: str = "main") -> RnnzooErr
         return RnnzooError(f"{repo} has no branch {branch} (404); check --branch.")
     if status == 401 and "RepoNotFound" not in _code(error):
         return RnnzooError(
-            f"The Hub does not accept the token (401{said}): log in with `hf auth login`, or set HF_TOKEN to one that may "
-            "write."
+            f"The Hub does not accept the token (401{said}): log in with `hf auth login`, or set HF_TOKEN to one "
+            "that may write."
         )
     if status in (401, 404):
         return RnnzooError(f"There is no repository {repo} on the Hub, or the token may not see it ({status}{said}).")

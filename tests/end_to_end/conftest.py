@@ -14,7 +14,8 @@ import yaml
 
 from rnnzoo.conversions.recipes import FOLDER
 
-from ..conversions.tiny import tiny_teacher
+from ..conversions.tiny import tiny_teacher, tiny_tokenizer
+from ..hub_double import HubDouble
 
 NOUNS = "river mountain teacher garden window letter engine winter harbour painter forest market".split()
 VERBS = "follows crosses remembers builds paints carries opens watches answers leaves".split()
@@ -103,3 +104,53 @@ def converted(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> P
     out = tmp_path_factory.mktemp("converted") / "student"
     workshop.rnnzoo(*workshop.convert(out, "--no-evaluate", "--quiet"))
     return out
+
+
+@pytest.fixture
+def small_model(tmp_path) -> Path:
+    """A tiny model in three files of weights, with a card by hand and things that must stay at home."""
+    folder = tmp_path / "model"
+    import torch
+
+    from rnnzoo.zoo.supra.configuration_supra import SupraConfig
+    from rnnzoo.zoo.supra.modeling_supra import SupraForCausalLM
+
+    torch.manual_seed(0)
+    size = dict(vocab_size=320, hidden_size=48, num_hidden_layers=2, num_attention_heads=6)
+    SupraForCausalLM(SupraConfig(**size)).save_pretrained(folder, max_shard_size="120kB")
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
+    (folder / "plots").mkdir()
+    (folder / "plots" / "recall.png").write_bytes(b"\x89PNG")
+    (folder / "modeling_tiny.py").write_text("# code that goes along\n")
+    for stays in (
+        ".rnnzoo/run.json",
+        ".rnnzoo/align/optimizer.pt",
+        "evaluation.json",
+        "train.log",
+        "checkpoint-5/x.bin",
+    ):
+        (folder / stays).parent.mkdir(parents=True, exist_ok=True)
+        (folder / stays).write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def push(hub: HubDouble, tmp_path):
+    """`rnnzoo push` of a folder to the double, with the exit code `code`, in a process of its own."""
+
+    def run(
+        folder,
+        *options: str,
+        token: str | None = "hf_alice",
+        repo: str = "alice/tiny",
+        code: int = 0,
+        **environment: str,
+    ):
+        command = [sys.executable, "-m", "rnnzoo_command", "push", str(folder), repo, *options]
+        own = hub.environment(tmp_path / "home", token, **environment)
+        done = subprocess.run(command, capture_output=True, text=True, env=own)
+        assert done.returncode == code, done.stderr
+        return done
+
+    return run
