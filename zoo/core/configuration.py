@@ -38,6 +38,7 @@ class RecurrentConfig(PreTrainedConfig):
         qk_norm: RMSNorm over each head of q and k.
         parallel_residual: x + mixer(norm(x)) + mlp(norm'(x)), as GPT-NeoX.
         rope_parameters: as in transformers, `partial_rotary_factor` included.
+        layer_types: the mixer of every layer, by name; None for the architecture's own in all of them.
         sliding_window: tokens that a "sliding_attention" layer sees, the current one included.
         fused_loss: in training, compute the loss chunk by chunk and return no logits.
     """
