@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,7 +68,8 @@ def build_student(
     student = causal_lm_class(mixer)(config)
     shared = teacher.family.shared_tensors(model)
     missing, unexpected = student.load_state_dict({k: v.float() for k, v in shared.items()}, strict=False)
-    stray = [name for name in missing if ".mixer." not in name and name != "lm_head.weight"]
+    own = re.compile(r"\.mixer\.|^model\.shared\.|^lm_head\.weight$")
+    stray = [name for name in missing if not own.search(name)]
     if unexpected or stray:
         raise RnnzooError(f"The teacher's tensors do not fit the student: {sorted([*unexpected, *stray])[:3]}.")
     for i, layer in enumerate(student.model.layers):

@@ -17,6 +17,8 @@ from rnnzoo.conversions.student import (
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.cache import RecurrentCache
+from rnnzoo.zoo.core.mixer import Mixer
+from rnnzoo.zoo.core.registry import architectures, mixer_class
 from rnnzoo.zoo.core.sizes import state_bytes
 
 from .tiny import TINY_FAMILIES, tiny_teacher
@@ -131,6 +133,23 @@ def test_mamba2_starts_as_the_mamba_in_the_llama(teachers, family):
         step = torch.nn.functional.softplus(mixer.dt_bias)
         assert bool(((step > 0.99e-3) & (step < 0.101)).all())
         assert mixer.conv1d.weight.std() > 0.1 and mixer.conv1d.weight.abs().max() <= 0.5
+
+
+CONVERTIBLE = [
+    name for name in architectures() if mixer_class(name).init_from_attention is not Mixer.init_from_attention
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("mixer", CONVERTIBLE)
+def test_every_mixer_that_can_be_started_from_attention_makes_a_student(teachers, family, mixer):
+    """Of teachers with grouped heads, biases, norms of q and k, partial rotation: it runs and passes gradients on."""
+    student = student_of(teachers(family), mixer).train()
+    student(some_ids(), labels=some_ids()).loss.backward()
+    for i, block in enumerate(student.model.layers):
+        gradients = [p.grad for p in block.mixer.parameters() if p.grad is not None]
+        assert gradients and all(g.isfinite().all() for g in gradients), i
+        assert any(g.abs().sum() > 0 for g in gradients), i
 
 
 def test_the_seed_fixes_what_is_random(teachers):
