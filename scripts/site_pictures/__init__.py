@@ -1,0 +1,1 @@
+"""The pictures of the documentation: concepts, and the plot of the README."""
