@@ -48,6 +48,7 @@ def convert(
     *,
     data: list[str] | None = None,
     text_field: str = "text",
+    student: str | None = None,
     keep: str | None = None,
     state_budget: int | None = None,
     tokens: int | None = None,
@@ -64,7 +65,7 @@ def convert(
     Args:
         teacher: as `resolve_teacher` takes it. recipe: a name or the path of a YAML file.
         data: as `open_corpus` takes it; None: the embedded default.
-        keep, state_budget, tokens, seq_len: instead of the recipe's own.
+        student, keep, state_budget, tokens, seq_len: instead of the recipe's own.
         dtype: "bfloat16" or "float32", of training and of the saved weights.
         restart: discard an earlier run in `out`.
         evaluate: measure the result on text held out from the data, beside the teacher.
@@ -78,7 +79,7 @@ def convert(
         raise RnnzooError(f"dtype is {dtype!r}; expected bfloat16 or float32.")
     keep_freed_memory()
     found = resolve_teacher(teacher, revision=revision)
-    own = {"keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}
+    own = {"student": student, "keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}
     chosen = prepare_recipe(recipe, found, **own, dtype=getattr(torch, dtype))
     if data and (restart or not holds_run(out)):
         from .data import open_corpus

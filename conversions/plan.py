@@ -35,6 +35,7 @@ def make_plan(
     teacher: str | None,
     recipe: str,
     *,
+    student: str | None = None,
     keep: str | None = None,
     state_budget: int | None = None,
     tokens: int | None = None,
@@ -49,7 +50,9 @@ def make_plan(
         RnnzooError: as `convert` would for the same input.
     """
     found = resolve_teacher(teacher, revision=revision)
-    chosen = prepare_recipe(recipe, found, keep=keep, state_budget=state_budget, tokens=tokens, seq_len=seq_len)
+    chosen = prepare_recipe(
+        recipe, found, student=student, keep=keep, state_budget=state_budget, tokens=tokens, seq_len=seq_len
+    )
     config = found.config
     kept = parse_keep(chosen.keep, config.num_hidden_layers)
     types = layer_types(found, chosen, kept)

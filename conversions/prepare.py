@@ -7,6 +7,8 @@ import dataclasses
 import torch
 
 from ..kernels.errors import RnnzooError
+from ..zoo.core.mixer import Mixer
+from ..zoo.core.registry import mixer_class
 from .recipes import Recipe, check_recipe, load_recipe, parse_keep
 from .student import layer_types, student_config, window_slots
 from .teachers import TeacherRef
@@ -18,6 +20,7 @@ def prepare_recipe(
     name: str,
     teacher: TeacherRef,
     *,
+    student: str | None = None,
     keep: str | None = None,
     state_budget: int | None = None,
     tokens: int | None = None,
@@ -26,12 +29,18 @@ def prepare_recipe(
 ) -> Recipe:
     """A recipe with the user's own values, checked against the teacher.
 
+    Args:
+        student: another mixer than the recipe's. What is made for the recipe's own falls away: its options, and the
+            closed-form stage with its state budget where the mixer has no windows to divide.
+
     Raises:
         RnnzooError: an unknown or wrong recipe, or values that do not fit the teacher.
     """
     from .data import check_sequence_length
 
     recipe = load_recipe(name)
+    if student is not None and student != recipe.student:
+        recipe = _with_student(recipe, student)
     given = {"keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}
     recipe = dataclasses.replace(recipe, **{key: value for key, value in given.items() if value is not None})
     if seq_len is None:
@@ -50,6 +59,17 @@ def prepare_recipe(
     if recipe.state_budget is not None:
         window_slots(teacher, recipe, types, dtype)
     return recipe
+
+
+def _with_student(recipe: Recipe, student: str) -> Recipe:
+    mixer = mixer_class(student)
+    if mixer.init_from_attention is Mixer.init_from_attention:
+        raise RnnzooError(
+            f"A '{student}' layer cannot be started from an attention layer; `rnnzoo list` says which can."
+        )
+    stages = [stage for stage in recipe.stages if stage.kind != "calibrate" or student == "hedgehog"]
+    budget = recipe.state_budget if student == "hedgehog" else None
+    return dataclasses.replace(recipe, student=student, student_options={}, stages=stages, state_budget=budget)
 
 
 def keep_steps(recipe: Recipe, layers: int) -> list[str]:

@@ -310,3 +310,13 @@ def test_progressive_calibration_keeps_what_was_trained(teachers, recipes, data,
     assert seen == [([0], {"model.layers.0"}), ([1], {"model.layers.1"})]
     assert all(len(row) == 2 for row in results["model"]["windows"])
     assert results["model"]["state_bytes"] <= 40_000
+
+
+@pytest.mark.parametrize("student", ["gated_delta_net", "rwkv7"])
+def test_another_student_needs_nothing_but_its_name(teachers, data, tmp_path, student):
+    results = convert(teachers["qwen3"], "rnnzoo", tmp_path / "out", data=data, student=student, keep="1/2", **SMALL)
+    assert results["model"]["architecture"] == student
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert model.config.layer_types == [student, "full_attention"] * (model.config.num_hidden_layers // 2)
+    ids = torch.arange(3, 20)[None]
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 21)

@@ -48,6 +48,14 @@ def test_every_family_and_recipe_can_be_planned(teachers, family, recipe):
         assert said["state_bytes"] == 60_000
 
 
+@pytest.mark.parametrize("student", ["gated_delta_net", "rwkv7", "gla"])
+def test_a_recipe_takes_another_student(teachers, student):
+    said = plan(teachers["llama"], "rnnzoo", student=student)
+    assert {layer["mixer"] for layer in said["layers"]} == {student}
+    assert [stage["stage"] for stage in said["stages"]] == ["align", "distill"]
+    assert plan(teachers["llama"], "supra", student="supra") == plan(teachers["llama"], "supra")
+
+
 def test_the_embedded_teacher_is_planned_within_seconds():
     started = time.process_time()
     said = plan(None, "rnnzoo")
@@ -83,6 +91,8 @@ def test_progressive_steps_are_told(teachers):
         ("supra", {"keep": "4"}, "no layer 4"),
         ("supra", {"seq_len": 4096}, "positions up to 512"),
         ("lolcats", {}, "no recipe"),
+        ("supra", {"student": "quantum"}, "not a layer type"),
+        ("supra", {"student": "s4"}, "cannot be started from an attention layer"),
     ],
 )
 def test_what_convert_refuses_plan_refuses(teachers, recipe, options, message):

@@ -17,6 +17,11 @@ _OPTIONS = [
         "--recipe", default="rnnzoo", show_default=True, help="Name (see `rnnzoo list`) or path of a YAML file."
     ),
     click.option(
+        "--student",
+        metavar="ARCH",
+        help="Mixer of the converted layers (see `rnnzoo list`). Default: the recipe's.",
+    ),
+    click.option(
         "--keep",
         metavar="LAYERS",
         help="Layers that stay attention: `none`, a share such as 1/4, or numbers: 0,8,16. Default: the recipe's.",
