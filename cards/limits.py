@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from .view import View, count, size, tokens
+from .formats import count, listed, percent, size, tokens
+from .view import View
 
 __all__ = ["limits"]
 
 
 def limits(view: View) -> list[str]:
     """Sentences for the section on limits. What was not measured is named at the end."""
-    sentences = [*_perplexity(view), *_tasks(view), *_recall(view), *_positions(view), *_memory(view)]
+    sentences = [*_perplexity(view), *_tasks(view), *_recall(view), *_positions(view), *_memory(view), *_parity(view)]
     missing = [
         label
         for part, label in (
@@ -18,6 +19,7 @@ def limits(view: View) -> list[str]:
             ("recall", "recall by distance"),
             ("by_position", "quality by position in a long text"),
             ("decode", "decoding speed and state bytes"),
+            ("parity", "reading at once against token by token"),
         )
         if not view.rows(part, column="student")
     ]
@@ -56,26 +58,43 @@ def _tasks(view: View) -> list[str]:
 
 
 def _recall(view: View) -> list[str]:
-    """Where one-sided 95% of the binomial error no longer excludes chance."""
+    """Where half is no longer reached, and where one-sided 95% of the binomial error no longer excludes chance."""
     rows = sorted(view.rows("recall", column="student"), key=lambda row: row["distance"])
     if not rows:
         return []
     chance = view.chance
     above = [row["distance"] for row in rows if row["accuracy"] - 1.65 * (row.get("stderr") or 0) > chance]
     beyond = [row["distance"] for row in rows if row["distance"] not in above]
+    found = _half(rows)
     if not above:
-        return [f"At no measured distance does it recall a phrase better than chance ({chance:.0%})."]
-    found = [f"It recalls a phrase better than chance ({chance:.0%}) from {_listed(above)} tokens back."]
+        return [*found, f"At no measured distance does it recall a phrase better than chance ({percent(chance)})."]
+    found.append(f"It recalls a phrase better than chance ({percent(chance)}) from {_distances(above)} tokens back.")
     if beyond:
         found.append(
-            f"From {_listed(beyond)} tokens back its recall cannot be told from chance: do not rely on details there."
+            f"From {_distances(beyond)} tokens back recall cannot be told from chance: do not rely on details there."
         )
     return found
 
 
-def _listed(distances: list[int]) -> str:
-    shown = [f"{distance:,}" for distance in distances]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+def _half(rows: list[dict]) -> list[str]:
+    """From the first distance on at which less than half is recalled."""
+    first = next((i for i, row in enumerate(rows) if row["accuracy"] < 0.5), None)
+    n = f"n = {rows[0]['n']} at each distance" if rows[0].get("n") else "n not recorded"
+    if first is None:
+        return [f"Its recall stays at 50 % or more up to {rows[-1]['distance']:,} tokens, the longest measured ({n})."]
+    low = rows[first]
+    if first == 0:
+        return [f"Its recall is below 50 % already {low['distance']:,} tokens back: {percent(low['accuracy'])} ({n})."]
+    last = rows[first - 1]
+    again = " It rises above that again further back." if any(row["accuracy"] >= 0.5 for row in rows[first:]) else ""
+    return [
+        f"Its recall falls below 50 % beyond {last['distance']:,} tokens: {percent(last['accuracy'])} there, "
+        f"{percent(low['accuracy'])} at {low['distance']:,} ({n}).{again}"
+    ]
+
+
+def _distances(distances: list[int]) -> str:
+    return listed([f"{distance:,}" for distance in distances])
 
 
 def _positions(view: View) -> list[str]:
@@ -98,11 +117,31 @@ def _memory(view: View) -> list[str]:
     least, most = min(r["state_bytes"] for r in rows), max(r["state_bytes"] for r in rows)
     first, last = min(r["context"] for r in rows), max(r["context"] for r in rows)
     if least == most:
-        return [
+        found = [
             f"Its state is {size(most)} at any length (measured from {count(first)} to {count(last)} tokens): "
             "what does not fit is forgotten."
         ]
+    else:
+        found = [
+            f"Its state grows from {size(least)} at {count(first)} tokens to {size(most)} at {count(last)}, because "
+            "some layers keep attention."
+        ]
+    slower = [
+        row["context"]
+        for row in rows
+        for teacher in view.rows("decode", column="teacher", context=row["context"])
+        if row["tokens_per_second"] < teacher["tokens_per_second"]
+    ]
+    if slower:
+        found.append(f"It decodes slower than its teacher at a context of {_distances(sorted(slower))} tokens.")
+    return found
+
+
+def _parity(view: View) -> list[str]:
+    """Worth a sentence where reading at once and token by token would choose differently."""
     return [
-        f"Its state grows from {size(least)} at {count(first)} tokens to {size(most)} at {count(last)}, because some "
-        "layers keep attention."
+        f"Read at once and token by token it names another most likely token in {percent(1 - row['same_token'], 1)} of "
+        f"{row['n']} places, because {row.get('dtype')} rounds differently."
+        for row in view.rows("parity", column="student")
+        if row["same_token"] < 1
     ]

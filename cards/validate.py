@@ -8,27 +8,28 @@ from typing import Any
 
 import yaml
 
+from .handwritten import without_notes
 from .licences import HUB_LICENCES
 
 __all__ = ["SECTIONS", "validate_card"]
 
-SECTIONS = (
-    "What it is",
-    "Use",
+_BEFORE = ("What it is", "Use", "Notes")
+_MEASURED = (
     "Quality",
     "Quality by position",
     "Recall by distance",
     "Memory",
     "Decoding speed",
-    "Layers",
-    "Conversion",
-    "Data",
-    "Limits",
-    "Environment",
-    "Reproduce",
-    "Citation",
-    "Licence",
+    "At once and token by token",
 )
+_AFTER = ("Data", "Limits", "Environment", "Reproduce", "Citation", "Licence")
+# By kind of card. A model of another origin shows the measured sections where something was measured.
+SECTIONS = {
+    "converted": (*_BEFORE, *_MEASURED, "Layers", "Conversion", "Energy", *_AFTER),
+    "trained": (*_BEFORE, *_MEASURED, "Layers", "Training", "Energy", *_AFTER),
+    "model": (*_BEFORE, "Quality", "Limits", "Citation", "Licence"),
+    "adapter": (*_BEFORE, "Limits", "Citation", "Licence"),
+}
 _RELATIONS = {"adapter", "merge", "quantized", "finetune"}
 _LOCAL_PATH = re.compile(r"(?<![\w/.:])/(?:home|root|tmp|work|mnt|Users|var|data)/[^\s)`|]+")
 
@@ -37,7 +38,8 @@ def validate_card(text: str, folder: str | Path | None = None) -> list[str]:
     """Every problem of a card as one sentence; an empty list is a valid card.
 
     Args:
-        text: the whole README.md. folder: where its relative links point; None leaves links unchecked.
+        text: the whole README.md; what people wrote between the marks is theirs and not checked.
+        folder: where its relative links point; None leaves links unchecked.
     """
     match = re.match(r"\A---\n(.*?)\n---\n(.*)\Z", text, re.DOTALL)
     if not match:
@@ -48,7 +50,7 @@ def validate_card(text: str, folder: str | Path | None = None) -> list[str]:
         return [f"The metadata is not YAML: {' '.join(str(error).split())}."]
     if not isinstance(data, dict):
         return ["The metadata is not a mapping."]
-    body = match[2]
+    body = without_notes(match[2])
     return [*_metadata(data), *_body(body), *(_links(body, Path(folder)) if folder is not None else [])]
 
 
@@ -70,14 +72,35 @@ def _metadata(data: dict[str, Any]) -> list[str]:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
             problems.append(f"{key} must be a list of strings.")
-    base = data.get("base_model")
-    if base is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)):
-        problems.append(f"base_model {base!r} is not a Hub id of the form owner/name.")
+    for key in ("base_model", "datasets"):
+        value = data.get(key) or []
+        for one in [value] if not isinstance(value, list) else value:
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+" if key == "base_model" else r"([\w.-]+/)?[\w.-]+", str(one)):
+                problems.append(f"{key} {one!r} is not a Hub id of the form owner/name.")
+    for language in _as_list(data.get("language")):
+        if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code", str(language)):
+            problems.append(f"language {language!r} is not a code such as en.")
+    if re.search(r"\s", str(data.get("library_name") or "")):
+        problems.append("library_name must be one word.")
     if data.get("base_model_relation") not in (None, *_RELATIONS):
         problems.append(
             f"base_model_relation {data['base_model_relation']!r} is none of {', '.join(sorted(_RELATIONS))}."
         )
-    return [*problems, *_model_index(data.get("model-index"))]
+    return [*problems, *_emissions(data.get("co2_eq_emissions")), *_model_index(data.get("model-index"))]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _emissions(emitted: Any) -> list[str]:
+    """A number of grams, or a mapping with it."""
+    if emitted is None:
+        return []
+    grams = emitted.get("emissions") if isinstance(emitted, dict) else emitted
+    if isinstance(grams, bool) or not isinstance(grams, int | float) or grams < 0:
+        return ["co2_eq_emissions must hold emissions, a number of grams."]
+    return []
 
 
 def _model_index(index: Any) -> list[str]:
@@ -91,6 +114,9 @@ def _model_index(index: Any) -> list[str]:
             problems.append("Every model-index entry needs a name and results.")
             continue
         for result in entry["results"]:
+            if not isinstance(result, dict):
+                problems.append("A result of the model-index must be a mapping.")
+                continue
             if not (result.get("task") or {}).get("type"):
                 problems.append("A result of the model-index has no task type.")
             if not {"type", "name"} <= set(result.get("dataset") or {}):
@@ -104,9 +130,9 @@ def _model_index(index: Any) -> list[str]:
 def _body(body: str) -> list[str]:
     prose = re.sub(r"^```.*?^```", "", body, flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^## (.+)$", prose, re.MULTILINE)
-    if "Training" in headings:  # a model without a teacher
-        headings.append("Conversion")
-    missing = [section for section in SECTIONS if section not in headings]
+    kind = re.search(r"^<!-- Rendered by rnnzoo[^>]*\bkind: (\w+)", prose, re.MULTILINE)
+    expected = SECTIONS.get(kind[1] if kind else "", SECTIONS["converted"])
+    missing = [section for section in expected if section not in headings]
     problems = [f"The section {section!r} is missing." for section in missing]
     if not re.search(r"^# \S", prose, re.MULTILINE):
         problems.append("The card has no title.")

@@ -4,80 +4,52 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from typing import Any
 
-import yaml
+from .formats import NOT_MEASURED, cell, count, duration, number, percent, size, tokens, with_error
 
-__all__ = ["COLUMNS", "NOT_MEASURED", "View"]
+__all__ = ["COLUMNS", "View", "card_kind"]
 
-NOT_MEASURED = "not measured"
-_OPTIONS = ("keep", "state-budget", "tokens", "seq-len")
 COLUMNS = ("student", "teacher", "window")
+_CONTEXTS = (2048, 32_768, 131_072)  # whose state bytes are calculated where they were not measured
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Row = dict[str, Any]
 
 
-def number(value: Any, digits: int = 2) -> str:
-    return NOT_MEASURED if value is None else f"{value:,.{digits}f}"
-
-
-def count(value: Any) -> str:
-    return NOT_MEASURED if value is None else f"{value:,}"
-
-
-def with_error(value: Any, stderr: Any, digits: int = 2) -> str:
-    if value is None:
-        return NOT_MEASURED
-    return f"{value:,.{digits}f}" + ("" if stderr is None else f" ± {stderr:,.{digits}f}")
-
-
-def size(value: Any) -> str:
-    """Bytes in decimal units, as `--state-budget 4MB` takes them."""
-    if value is None:
-        return NOT_MEASURED
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= factor:
-            return f"{value / factor:,.2f} {unit}"
-    return f"{value} bytes"
-
-
-def duration(seconds: Any) -> str:
-    if seconds is None:
-        return NOT_MEASURED
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def tokens(value: Any) -> str:
-    """1024 -> 1k, 2500 -> 2,500."""
-    return NOT_MEASURED if value is None else f"{value // 1024}k" if value and value % 1024 == 0 else f"{value:,}"
-
-
-def cell(text: Any) -> str:
-    """Text that cannot break a table or a line."""
-    if text in (None, ""):
-        return NOT_MEASURED
-    shown = "".join(letter if letter.isprintable() else " " for letter in str(text))
-    return " ".join(shown.replace("|", "\\|").split())
+def card_kind(results: Row) -> str:
+    """ "converted", "trained", "adapter", or "model": of another origin, such as an imported checkpoint."""
+    for part, kind in (("conversion", "converted"), ("recipe", "converted"), ("training", "trained")):
+        if part in results:
+            return kind
+    return "adapter" if "adapter" in results else "model"
 
 
 class View:
-    """The card's contents. `results` is results.json as read; missing parts give "not measured", never an error."""
+    """The card's contents. `results` is results.json as read; missing parts give "not measured", never an error.
 
-    def __init__(self, results: Row, plots: tuple[str, ...] = ()):
+    Args:
+        plots: pictures beside the card that show these results.
+        standalone: the folder holds modelling code, so that it loads without rnnzoo.
+        notes: the hand-written part.
+    """
+
+    def __init__(self, results: Row, plots: tuple[str, ...] = (), standalone: bool = False, notes: str = "\n"):
         self.results = results
+        self.kind = card_kind(results)
+        self.plots, self.standalone, self.notes = plots, standalone, notes
         self.model: Row = results.get("model") or {}
         self.teacher: Row = results.get("teacher") or {}
         self.recipe: Row = results.get("recipe") or {}
         self.conversion: Row = results.get("conversion") or {}
         self.training: Row = results.get("training") or {}  # from scratch, where there is no teacher
+        self.origin: Row = results.get("import") or {}  # another implementation's checkpoint
+        self.adapter: Row = results.get("adapter") or {}
         self.evaluation: Row = results.get("evaluation") or {}
         self.environment: Row = results.get("environment") or {}
+        self.publish: Row = results.get("publish") or {}
+        self.snippet: Row = results.get("snippet") or {}
         self.samples: list[Row] = results.get("samples") or []
-        self.plots = plots
 
     # Names ----------------------------------------------------------------------------------------------------------
 
@@ -100,6 +72,21 @@ class View:
         return self.teacher_id or os.path.basename(str(self.teacher.get("name") or "its teacher").rstrip("/"))
 
     @property
+    def base_id(self) -> str | None:
+        """The Hub id of what this model was made from: a teacher, an imported checkpoint, an adapter's base."""
+        if self.kind in ("converted", "trained"):
+            return self.teacher_id if self.kind == "converted" else None
+        value = self.adapter.get("base_model") or self.origin.get("source")
+        return str(value) if value and _HUB_ID.fullmatch(str(value)) else None
+
+    @property
+    def licence(self) -> str | None:
+        """The publisher's word, else the licence of what the model was made from."""
+        own = self.publish.get("licence")
+        inherited = self.teacher.get("licence") if self.kind == "converted" else self.origin.get("licence")
+        return own or inherited or self.adapter.get("licence")
+
+    @property
     def window_label(self) -> str:
         """The window that was measured; a hybrid's state grows with the context, and so does the window then."""
         baseline = self.evaluation.get("window_baseline") or {}
@@ -114,6 +101,21 @@ class View:
 
     # Tables ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """A converted model is compared, measured or not; any other one only where it was."""
+        compared = {row["column"] for part in ("perplexity", "tasks", "recall", "decode") for row in self.rows(part)}
+        return COLUMNS if self.kind == "converted" or compared - {"student"} else COLUMNS[:1]
+
+    @property
+    def heads(self) -> list[str]:
+        names = ["this model", "teacher", f"teacher cut to {self.window_label}"]
+        return names[: len(self.columns)]
+
+    @property
+    def ratio_head(self) -> list[str]:
+        return ["this model : teacher"] if len(self.columns) > 1 else []
+
     def rows(self, part: str, **where: Any) -> list[Row]:
         return [r for r in self.evaluation.get(part) or [] if all(r.get(key) == value for key, value in where.items())]
 
@@ -124,29 +126,31 @@ class View:
             groups.setdefault(tuple(row.get(key) for key in keys), {})[row["column"]] = row
         return list(groups.items())
 
+    def _values(self, by: dict[str, Row], field: str, digits: int = 2, error: str | None = None) -> list[str]:
+        rows = [by.get(column, {}) for column in self.columns]
+        return [with_error(row.get(field), row.get(error) if error else None, digits) for row in rows]
+
+    def _ratio(self, by: dict[str, Row], field: str) -> list[str]:
+        if len(self.columns) == 1:
+            return []
+        student, teacher = (by.get(c, {}).get(field) for c in ("student", "teacher"))
+        return [f"{student / teacher:.3f}" if student is not None and teacher else NOT_MEASURED]
+
     def comparison(self) -> list[list[str]]:
-        """[measure, n, student, teacher, window, student : teacher]."""
+        """[measure, n, a value for each column, student : teacher]."""
         table = []
         for (dataset, window, stride), by in self._grouped("perplexity", "dataset", "window", "stride"):
             how = f"windows of {window:,}" if stride is None else f"windows of {window:,}, stride {stride:,}"
-            first = next(iter(by.values()))
-            values = [with_error(by.get(c, {}).get("value"), by.get(c, {}).get("stderr")) for c in COLUMNS]
-            table.append(
-                [
-                    f"perplexity, {cell(dataset)}, {how}",
-                    f"{first['n_tokens']:,} tokens",
-                    *values,
-                    self._ratio(by, "value"),
-                ]
-            )
-            values = [number(by.get(c, {}).get("bits_per_byte"), 3) for c in COLUMNS]
-            table.append(["bits per byte, same text", "same", *values, self._ratio(by, "bits_per_byte")])
+            n = f"{next(iter(by.values()))['n_tokens']:,} tokens"
+            values = [*self._values(by, "value", 2, "stderr"), *self._ratio(by, "value")]
+            table.append([f"perplexity, {cell(dataset)}, {how}", n, *values])
+            values = [*self._values(by, "bits_per_byte", 3), *self._ratio(by, "bits_per_byte")]
+            table.append(["bits per byte, same text", "same", *values])
         for (task, metric), by in self._grouped("tasks", "task", "metric"):
             sizes = {r.get("n") for r in by.values()}
             shown = " / ".join(count(n) for n in sorted(sizes, key=str))
-            digits = 3
-            values = [with_error(by.get(c, {}).get("value"), by.get(c, {}).get("stderr"), digits) for c in COLUMNS]
-            table.append([f"{cell(metric)}, {cell(task)}", shown, *values, self._ratio(by, "value")])
+            values = [*self._values(by, "value", 3, "stderr"), *self._ratio(by, "value")]
+            table.append([f"{cell(metric)}, {cell(task)}", shown, *values])
         return table
 
     def sample_rows(self) -> list[list[str]]:
@@ -163,63 +167,24 @@ class View:
 
     def teacher_revision(self) -> str:
         """The commit or content hash, with the branch or tag that was asked for."""
-        sha, asked = self.teacher.get("sha"), self.teacher.get("revision")
+        return self.revision_of(self.teacher)
+
+    @staticmethod
+    def revision_of(source: Row) -> str:
+        sha, asked = source.get("sha"), source.get("revision")
         return cell(sha) if asked in (None, sha) else f"{cell(asked)} ({cell(sha)})"
 
     def environment_rows(self) -> list[list[str]]:
         return [[cell(name), cell(value)] for name, value in self.environment.items()]
 
-    def convert_command(self) -> str:
-        """With the values that the run had, the recipe's own or the user's."""
-        words = ["rnnzoo", "convert", self._teacher_word(), "--recipe", self.recipe.get("name") or "RECIPE"]
-        try:
-            recipe = yaml.safe_load(self.recipe.get("yaml") or "")
-        except yaml.YAMLError:
-            recipe = None
-        settings = recipe if isinstance(recipe, dict) else {}
-        options = {option: settings.get(option.replace("-", "_")) for option in _OPTIONS}
-        options |= {"seed": self.conversion.get("seed"), "dtype": self.model.get("dtype")}
-        for option, value in options.items():
-            words += [] if value is None else [f"--{option}", str(value)]
-        return shlex.join([*words, "--out", self.name])
-
-    def train_command(self) -> str:
-        """With the settings of a training from scratch."""
-        words = ["rnnzoo", "train", "--config", f"{self.name}/config.json"]
-        own = self.training.get("settings") or {}
-        known = ("context", "batch_size", "accumulate", "tokens", "steps", "learning_rate", "eval_fraction", "seed")
-        for name in (*known, "dtype"):
-            words += [] if own.get(name) is None else [f"--{name.replace('_', '-')}", str(own[name])]
-        return shlex.join([*words, "--out", "again"])
-
-    def eval_command(self) -> str:
-        return shlex.join(["rnnzoo", "eval", self.name, "--against", self._teacher_word()])
-
-    def _teacher_word(self) -> str:
-        embedded = self.teacher.get("kind") == "embedded"
-        return "embedded" if embedded else self.teacher_id or self.teacher_name
-
-    @staticmethod
-    def _ratio(by: dict[str, Row], field: str) -> str:
-        student, teacher = (by.get(c, {}).get(field) for c in ("student", "teacher"))
-        return f"{student / teacher:.3f}" if student is not None and teacher else NOT_MEASURED
-
     def positions(self) -> list[list[str]]:
         return [
-            [f"{tokens(start)} to {tokens(end)}", *(number(by.get(c, {}).get("perplexity")) for c in COLUMNS)]
+            [f"{tokens(start)} to {tokens(end)}", *self._values(by, "perplexity")]
             for (start, end), by in self._grouped("by_position", "start", "end")
         ]
 
     def position_source(self) -> str:
         return next((cell(r["dataset"]) for r in self.rows("by_position") if r.get("dataset")), "one long text")
-
-    @staticmethod
-    def alone(table: list[list[str]], columns: int) -> list[list[str]]:
-        """The first columns of a comparison: those of a model that has no teacher."""
-        return [row[:columns] for row in table]
-
-    def loss(self, name: str) -> str:
-        return number(self.training.get(name), 4)
 
     def training_settings(self) -> list[list[str]]:
         own = self.training.get("settings") or {}
@@ -227,31 +192,44 @@ class View:
         return [[name.replace("_", " "), cell(own[name])] for name in names if own.get(name) is not None]
 
     def recall(self) -> list[list[str]]:
-        table = []
-        for (distance,), by in self._grouped("recall", "distance"):
-            n = next(iter(by.values())).get("n")
-            values = [with_error(by.get(c, {}).get("accuracy"), by.get(c, {}).get("stderr")) for c in COLUMNS]
-            table.append([count(distance), count(n), *values])
-        return table
+        return [
+            [count(distance), count(next(iter(by.values())).get("n")), *self._values(by, "accuracy", 2, "stderr")]
+            for (distance,), by in self._grouped("recall", "distance")
+        ]
 
     @property
     def chance(self) -> float:
         return next((r["chance"] for r in self.rows("recall") if r.get("chance") is not None), 0.1)
 
     def states(self) -> list[list[str]]:
-        return [
-            [tokens(context), *(size(by.get(c, {}).get("state_bytes")) for c in COLUMNS)]
-            for (context,), by in self._grouped("decode", "context")
+        """Measured, then calculated where every measurement lies on one line: [context, bytes of each column]."""
+        measured = {context: by for (context,), by in self._grouped("decode", "context")}
+        table = [
+            [tokens(context), *(size(by.get(column, {}).get("state_bytes")) for column in self.columns)]
+            for context, by in measured.items()
         ]
+        for context in _CONTEXTS if measured else ():
+            values = [size(self._calculated(column, context)) for column in self.columns]
+            if context not in measured and set(values) != {NOT_MEASURED}:
+                table.append([f"{tokens(context)} (calculated)", *values])
+        return table
+
+    def _calculated(self, column: str, context: int) -> int | None:
+        rows = self.rows("decode", column=column)
+        if column == "student":
+            fixed, each = self.model.get("state_bytes"), self.model.get("state_bytes_per_token") or 0
+        else:
+            constant = len(rows) > 1 and len({row["state_bytes"] for row in rows}) == 1
+            fixed = rows[0]["state_bytes"] if constant else 0
+            each = 0 if constant or not rows else rows[0]["state_bytes"] / rows[0]["context"]
+        if not rows or fixed is None or any(row["state_bytes"] != fixed + each * row["context"] for row in rows):
+            return None
+        return int(fixed + each * context)
 
     def speeds(self) -> list[list[str]]:
         return [
-            [
-                tokens(c_),
-                *(number(by.get(c, {}).get("tokens_per_second"), 1) for c in COLUMNS),
-                self._ratio(by, "tokens_per_second"),
-            ]
-            for (c_,), by in self._grouped("decode", "context")
+            [tokens(at), *self._values(by, "tokens_per_second", 1), *self._ratio(by, "tokens_per_second")]
+            for (at,), by in self._grouped("decode", "context")
         ]
 
     def decode_conditions(self) -> str:
@@ -266,10 +244,33 @@ class View:
                 duration(stage.get("seconds")),
                 number(stage.get("loss_first"), 4),
                 number(stage.get("loss_last"), 4),
-                number(stage.get("perplexity")),
+                with_error(stage.get("perplexity"), stage.get("perplexity_stderr")),
             ]
             for stage in self.conversion.get("stages") or []
         ]
+
+    def stage_text(self) -> str:
+        """What the perplexities of the ladder were measured on."""
+        found = next((s for s in self.conversion.get("stages") or [] if s.get("perplexity_tokens")), None)
+        if found is None:
+            return f"Perplexity after each stage: {NOT_MEASURED}."
+        text = f"Perplexity after each stage is that of {found['perplexity_tokens']:,} held-out tokens"
+        teacher = self.conversion.get("teacher_perplexity") or {}
+        if teacher.get("value") is None:
+            return f"{text}."
+        return f"{text}; the teacher has {with_error(teacher['value'], teacher.get('stderr'))} on them."
+
+    def parity(self) -> list[list[str]]:
+        """[what, value] of the comparison between reading a text at once and token by token."""
+        table = []
+        for row in self.rows("parity", column="student"):
+            table += [
+                ["tokens compared", f"{row['n']:,} after {row['context']:,} of context, {cell(row.get('dtype'))}"],
+                ["largest difference of a log-probability", f"{row['max_abs']:.2e}"],
+                ["mean KL divergence, nats a token", f"{row['mean_kl']:.2e}"],
+                ["same most likely token", percent(row["same_token"], 1)],
+            ]
+        return table
 
     def layers(self) -> list[list[str]]:
         """[layers, mixer, window per kv head], equal neighbours joined."""
@@ -285,6 +286,20 @@ class View:
             else:
                 table.append([index, index, kind, shown])
         return [[str(a) if a == b else f"{a} to {b}", kind, shown] for a, b, kind, shown in table]
+
+    def energy(self) -> list[list[str]]:
+        found = self.conversion.get("energy") or self.training.get("energy") or {}
+        if found.get("energy_kwh") is None:
+            return []
+        whole = self.conversion.get("seconds") or self.training.get("seconds")
+        during = duration(found.get("seconds")) + (f" (stages: {duration(whole)})" if whole else "")
+        return [
+            ["energy", f"{found['energy_kwh']:.4g} kWh"],
+            ["CO2 equivalents", f"{1000 * found['emissions_kg']:.4g} g"],
+            ["country of the power grid", cell(found.get("country"))],
+            ["measured during", during],
+            ["method", cell(found.get("source"))],
+        ]
 
     @staticmethod
     def _amount(part: Row) -> str:
@@ -304,3 +319,13 @@ class View:
                 ["evaluation", cell(dataset.get("name")), cell(dataset.get("size")), cell(dataset.get("sha256"))]
             )
         return table
+
+    def dataset_ids(self) -> list[str]:
+        """Hub ids of the data: those that the run streamed, and those that the publisher names."""
+        parts = ((self.conversion or self.training).get("data") or {}).values()
+        ids = [one for part in parts if isinstance(part, dict) for one in part.get("hub_ids") or [part.get("hub_id")]]
+        return list(dict.fromkeys(str(one) for one in [*ids, *(self.publish.get("datasets") or [])] if one))
+
+    @property
+    def collections(self) -> list[str]:
+        return [str(one) for one in self.publish.get("collections") or []]

@@ -21,7 +21,8 @@ class Limits:
             grows with the square (None: twice its trained length).
         distances, facts, streams: of recall; n = facts x streams at each distance.
         contexts, decode_steps: of decoding.
-        sample_tokens: new tokens of each sample output; 0: no samples.
+        parity_context, parity_steps: tokens read at once, and then one by one; 0 steps: not compared.
+        sample_tokens: new tokens of each sample output, and of the card's example; 0: neither.
     """
 
     windows: tuple[int, ...] = (2048,)
@@ -35,6 +36,8 @@ class Limits:
     streams: int = 2
     contexts: tuple[int, ...] = (1024, 4096, 16_384, 32_768)
     decode_steps: int = 24
+    parity_context: int = 448
+    parity_steps: int = 64
     sample_tokens: int = 64
     chunk: int = 1024
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ...cards.commands import snippet_code
+from ...cards.plots import write_plots
 from ...kernels.errors import RnnzooError
 from ..teachers import TeacherRef
 from .columns import COLUMNS, Column, Opened, open_columns
@@ -19,9 +21,10 @@ from .decode import decode, device_name
 from .harness import lm_eval_tasks, require_lm_eval
 from .limits import Limits, limits_of
 from .merging import merge, still_valid
+from .parity import parity
 from .perplexity import POSITION_EDGES, by_position, perplexity
 from .recall import recall
-from .samples import sample
+from .samples import run_example, sample
 from .scoring import Progress, no_progress
 from .store import Store, read_json, write_json
 from .tasks import last_word, minimal_pairs
@@ -44,6 +47,7 @@ def evaluate(
     lm_eval: Sequence[str] = (),
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measures a model, beside its teacher and the teacher cut to a window of the same state bytes.
@@ -61,6 +65,7 @@ def evaluate(
         limits: "quick", "standard", "full", or a `Limits`.
         lm_eval: names of lm-eval tasks to run besides.
         device: default CUDA where there is one, else the CPU.
+        trust_remote_code: run modelling code that lies in `student_dir`.
         progress: called as progress(what, done, total, info).
     Returns:
         The whole of results.json.
@@ -79,7 +84,9 @@ def evaluate(
         )
     data = load_all(datasets)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    opened = open_columns(student_dir, teacher, tuple(columns), dtype=dtype, device=device)
+    opened = open_columns(
+        student_dir, teacher, tuple(columns), dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
     measuring = _Measuring(Store(out / "evaluation.json"), sizes, progress or no_progress, device)
     evaluation = results["evaluation"] = still_valid(results.get("evaluation") or {}, opened)
     merge(evaluation, _measure_all(measuring, opened, data, tuple(lm_eval)))
@@ -97,11 +104,10 @@ def evaluate(
         }
     if sizes.sample_tokens:
         results["samples"] = measuring.samples(opened.student)
+        results["snippet"] = measuring.example(opened.student, student_dir)
     _describe(results, opened, student_dir, device)
     write_json(out / "results.json", results)
-    from .plots import write_plots
-
-    write_plots(results, out / "plots")
+    write_plots(results, out)
     return results
 
 
@@ -110,7 +116,7 @@ def _measure_all(
 ) -> dict[str, list[dict[str, Any]]]:
     texts = [d for d in data if d.kind in ("text", "long")]
     parts: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("perplexity", "tasks", "recall", "decode", "by_position")
+        name: [] for name in ("perplexity", "tasks", "recall", "decode", "by_position", "parity")
     }
     for column in opened.columns:
         # Books serve by position; they are a perplexity text only where nothing else is.
@@ -125,6 +131,8 @@ def _measure_all(
             parts["by_position"] += measuring.by_position(column, _longest(texts))
         parts["recall"] += measuring.recall(column, _longest(texts) if texts else None)
         parts["decode"] += measuring.decode(column)
+        if column.name == "student":
+            parts["parity"] += measuring.parity(column)
     return parts
 
 
@@ -271,6 +279,23 @@ class _Measuring:
         own = column.settings(max(limits.distances))
         return [{**point, "column": column.name, **own} for point in points]
 
+    def parity(self, column: Column) -> list[dict[str, Any]]:
+        """On prose of its own, the same for every model."""
+        context, steps = self.limits.parity_context, self.limits.parity_steps
+        if not steps:
+            return []
+        value = self._stored(
+            column,
+            "parity",
+            context,
+            {"context": context, "steps": steps},
+            "",
+            lambda model, tokenizer, report: parity(
+                model, tokenizer, context=context, steps=steps, progress=report
+            ).to_dict(),
+        )
+        return [{"column": column.name, **value}]
+
     def decode(self, column: Column) -> list[dict[str, Any]]:
         """Each context apart where the window depends on it."""
         limits = self.limits
@@ -303,6 +328,11 @@ class _Measuring:
             "",
             lambda model, tokenizer, report: sample(model, tokenizer, max_new_tokens=tokens),
         )
+
+    def example(self, column: Column, folder: Path) -> dict[str, str]:
+        """The card's example and what it prints, from a model loaded anew, as its reader will load it."""
+        code = snippet_code(chat=bool(column.tokenizer.chat_template), max_new_tokens=self.limits.sample_tokens)
+        return self._stored(column, "example", 0, {"code": code}, "", lambda *_: run_example(folder, code))
 
 
 def _describe(results: dict[str, Any], opened: Opened, student_dir: Path, device: torch.device) -> None:

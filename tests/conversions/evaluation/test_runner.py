@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 
 import pytest
@@ -10,7 +12,7 @@ from rich.console import Console
 
 from rnnzoo.conversions.evaluation import Dataset, Limits, evaluate, runner, show
 from rnnzoo.conversions.evaluation.columns import StateSize
-from rnnzoo.conversions.evaluation.plots import write_plots
+from rnnzoo.conversions.evaluation.parity import parity
 from rnnzoo.conversions.evaluation.scoring import Stream
 from rnnzoo.conversions.evaluation.store import Store, read_json, write_json
 from rnnzoo.conversions.evaluation.texts import load, load_all
@@ -83,6 +85,29 @@ def test_every_measure_has_every_column(measured):
     assert len(results["samples"]) == 3
 
 
+def test_the_example_of_the_card_was_run(measured):
+    found = measured[2]["snippet"]
+    printed = io.StringIO()
+    with contextlib.chdir(measured[0]), contextlib.redirect_stdout(printed):
+        exec(found["code"], {})
+    assert found["output"] == printed.getvalue() and "max_new_tokens=4" in found["code"]
+
+
+def test_reading_at_once_and_token_by_token_agree(measured):
+    (row,) = measured[2]["evaluation"]["parity"]
+    assert row["column"] == "student" and row["n"] == 64 and row["context"] == 448 and row["dtype"] == "bfloat16"
+    assert 0 <= row["max_abs"] < 0.5 and 0 <= row["mean_kl"] < 0.01 and row["same_token"] > 0.8
+
+
+def test_parity_finds_a_state_that_is_wrong(measured, monkeypatch):
+    model = SupraForCausalLM.from_pretrained(measured[0])
+    right = parity(model, tiny_tokenizer(), steps=8)
+    assert right.max_abs < 1e-4 and right.same_token == 1
+    advance = Stream.advance
+    monkeypatch.setattr(Stream, "advance", lambda self, ids: advance(self, ids.flip(1) if ids.shape[1] > 1 else ids))
+    assert parity(model, tiny_tokenizer(), steps=8).max_abs > 100 * right.max_abs
+
+
 def test_the_window_column_has_at_most_the_students_bytes(measured):
     evaluation = measured[2]["evaluation"]
     by = {(row["column"], row["context"]): row["state_bytes"] for row in evaluation["decode"]}
@@ -105,6 +130,7 @@ def test_the_plots_are_there(measured):
         "recall_by_distance.png",
         "decode_speed.png",
         "state_bytes.png",
+        "layers.png",
     }
     assert all(path.stat().st_size > 5000 for path in (measured[0] / "plots").iterdir())
 
@@ -227,11 +253,3 @@ def test_an_interrupted_store_goes_on(tmp_path):
         store.get({"a": 2}, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     again = Store(tmp_path / "evaluation.json")
     assert again.get({"a": 1}, lambda: 6) == 5 and again.get({"a": 2}, lambda: 7) == 7
-
-
-def test_without_matplotlib_there_are_no_plots_but_a_line(tmp_path, monkeypatch, caplog):
-    from rnnzoo.conversions.evaluation import plots
-
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
-    assert write_plots({"evaluation": {}}, tmp_path) == []
-    assert "matplotlib" in caplog.text

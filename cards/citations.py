@@ -1,0 +1,79 @@
+"""BibTeX of what a model is made of: the toolkit, the architecture, the recipe, and the teacher."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["bibtex", "citations", "known_citations"]
+
+
+@functools.cache
+def known_citations() -> dict[str, Any]:
+    """citations.yaml: keys by architecture, recipe and teacher, and the entries."""
+    return yaml.safe_load((Path(__file__).parent / "citations.yaml").read_text(encoding="utf-8"))
+
+
+def bibtex(key: str) -> str:
+    """One known entry as BibTeX."""
+    entry = known_citations()["entries"][key]
+    fields = {
+        "title": f"{{{entry['title']}}}",
+        "author": entry["author"],
+        "year": entry["year"],
+        "eprint": entry["arxiv"],
+        "archivePrefix": "arXiv",
+        "url": f"https://arxiv.org/abs/{entry['arxiv']}",
+    }
+    return "\n".join([f"@misc{{{key},", *(f"  {name} = {{{value}}}," for name, value in fields.items()), "}"])
+
+
+def citations(results: dict[str, Any], teacher_id: str | None, architecture: str | None) -> list[str]:
+    """BibTeX entries in order: toolkit, methods, teacher; each once.
+
+    The teacher's own card goes first (`teacher.citation` in results.json); then what is known of its family; a teacher
+    with neither is cited by its address and commit.
+    """
+    known = known_citations()
+    teacher = results.get("teacher") or {}
+    layers = (results.get("model") or {}).get("layer_types") or []
+    keys = [*known["architectures"].get(str(architecture), [])]
+    for layer in dict.fromkeys(layers):
+        keys += known["architectures"].get(str(layer).split(".")[0], [])
+    keys += known["recipes"].get((results.get("recipe") or {}).get("name") or "", [])
+    own = [] if teacher.get("citation") else _teacher_keys(known, teacher_id)
+    found = [_toolkit(results), *(bibtex(key) for key in dict.fromkeys([*keys, *own]))]
+    if teacher.get("citation"):
+        found.append(str(teacher["citation"]).strip())
+    elif teacher_id and not own:
+        found.append(_address(teacher_id, teacher.get("sha")))
+    return found
+
+
+def _teacher_keys(known: dict[str, Any], teacher_id: str | None) -> list[str]:
+    return [
+        key
+        for start, keys in known["teachers"].items()
+        if teacher_id and (teacher_id == start or teacher_id.startswith(f"{start}-"))
+        for key in keys
+    ]
+
+
+def _toolkit(results: dict[str, Any]) -> str:
+    lines = ["  title = {rnnzoo: recurrent language models, and the way from a Transformer to one},"]
+    if version := results.get("rnnzoo_version"):
+        lines.append(f"  version = {{{version}}},")
+    if year := str(results.get("created") or "")[:4]:
+        lines.append(f"  year = {{{year}}},")
+    return "\n".join(["@software{rnnzoo,", *lines, "}"])
+
+
+def _address(teacher_id: str, sha: Any) -> str:
+    key = re.sub(r"[^A-Za-z0-9]+", "-", teacher_id.split("/")[-1]).strip("-").lower()
+    lines = [f"  title = {{{teacher_id}}},", f"  howpublished = {{\\url{{https://huggingface.co/{teacher_id}}}}},"]
+    lines += [f"  note = {{{sha}}},"] if sha else []
+    return "\n".join([f"@misc{{{key},", *lines, "}"])
