@@ -29,6 +29,7 @@ from rnnzoo.zoo import import_checkpoint
 
 WIDTH, LAYERS, VOCABULARY, TIME = 256, 4, 1024, 1024
 SHARED = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
+HYBRID = ["linear_attention"] * 3 + ["full_attention"]  # transformers' Kimi Linear does not run without attention
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DECODING = 2.0  # at least so many times transformers' tokens per second
 
@@ -56,10 +57,14 @@ PEERS = (
         "kda",
         "KimiLinear",
         {
-            "layer_types": ["linear_attention"] * LAYERS,
+            "layer_types": HYBRID,
             "mlp_layer_types": ["dense"] * LAYERS,
             "linear_head_dim": 64,
             "linear_num_heads": 4,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 64,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "intermediate_size": 3 * WIDTH,
@@ -73,7 +78,7 @@ PEERS = (
         "gated_delta_net",
         "Qwen3Next",
         {
-            "layer_types": ["linear_attention"] * LAYERS,
+            "layer_types": HYBRID,
             "mlp_only_layers": list(range(LAYERS)),
             "intermediate_size": 3 * WIDTH,
             "linear_key_head_dim": 64,
