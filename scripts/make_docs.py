@@ -11,26 +11,44 @@ makes, `<!-- include: FILE -->` by a file of the checkout. The pages of the zoo'
 from __future__ import annotations
 
 import argparse
+import atexit
+import functools
+import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+try:
+    from mkdocs.plugins import event_priority
+except ImportError:  # not installed: the pages can still be written
+
+    def event_priority(_: float) -> Callable[[Any], Any]:
+        return lambda function: function
+
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if str(HERE) not in sys.path:
-    sys.path.insert(0, str(HERE))  # mkdocs loads this file by its path
+os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")  # an advertisement of the theme's authors
 
 MARK = re.compile(r"^<!-- (generated|include): (\S+) -->$", re.MULTILINE)
 
 
-def _generated() -> dict[str, Callable[[], str]]:
-    from site_pages import commands, kernels, recipes, zoo
+def _module(name: str) -> Any:
+    """A module of site_pages. mkdocs loads this file by its path, and puts sys.path back when it has."""
+    if str(HERE) not in sys.path:
+        sys.path.insert(0, str(HERE))
+    return importlib.import_module(f"site_pages.{name}")
 
+
+def _generated() -> dict[str, Callable[[], str]]:
+    commands, kernels, recipes, zoo = map(_module, ("commands", "kernels", "recipes", "zoo"))
     return {
         "api-kernels": kernels.api,
         "commands": commands.sections,
@@ -59,8 +77,7 @@ def fill(markdown: str) -> str:
 
 def zoo_pages() -> dict[str, str]:
     """Path under docs/ -> Markdown, for every architecture."""
-    from site_pages import zoo
-
+    zoo = _module("zoo")
     return {f"zoo/{name}.md": zoo.page(name) for name in zoo.architectures()}
 
 
@@ -76,14 +93,32 @@ def write(folder: Path) -> None:
 # What mkdocs calls.
 
 
+@event_priority(100)  # before mkdocstrings, which then looks where its sources are
 def on_config(config: Any) -> Any:
-    """Puts the architectures into the navigation."""
-    from site_pages import zoo
-
+    """Puts the architectures into the navigation, and mkdocstrings on the right track."""
     for entry in config["nav"]:
         if isinstance(entry, dict) and "Zoo" in entry:
-            entry["Zoo"] += [f"zoo/{name}.md" for name in zoo.architectures()]
+            entry["Zoo"] += [f"zoo/{name}.md" for name in _module("zoo").architectures()]
+    config["plugins"]["mkdocstrings"].config.handlers["python"]["paths"] = [_sources()]
     return config
+
+
+@functools.cache
+def _sources() -> str:
+    """A folder with the package as mkdocstrings can read it, for as long as this process lives.
+
+    It reads no package without `__init__.py` inside one that has it, and `kernels/` must not have one (CONTRIBUTING).
+    """
+    package = ROOT / "src" / "rnnzoo"
+    folder = Path(tempfile.mkdtemp(prefix="rnnzoo-docs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for source, target in ((package, folder / "rnnzoo"), (package / "kernels", folder / "rnnzoo" / "kernels")):
+        target.mkdir()
+        for path in source.iterdir():
+            if path.name != "kernels":
+                (target / path.name).symlink_to(path.resolve())
+    (folder / "rnnzoo" / "kernels" / "__init__.py").touch()
+    return str(folder)
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -13,7 +13,9 @@ __all__ = ["Entry", "arguments", "escape", "first_sentence", "prose", "table"]
 def escape(text: str) -> str:
     """`text` with what Markdown would take for markup made plain; code in backticks stays as it is."""
     parts = re.split(r"(`[^`]*`)", text)
-    return "".join(part if part.startswith("`") else re.sub(r"([\\*_<\[\]])", r"\\\1", part) for part in parts)
+    return "".join(
+        part if part.startswith("`") else re.sub(r"([\\*_\[\]])", r"\\\1", part).replace("<", "&lt;") for part in parts
+    )
 
 
 def prose(docstring: str) -> str:

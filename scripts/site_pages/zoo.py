@@ -32,6 +32,7 @@ known_facts = functools.cache(facts)
 def page(name: str) -> str:
     """The Markdown page of one architecture."""
     parts = [
+        "---\nhide: [toc]\n---",
         f"# {title(name)}",
         f"`{architecture_config(name).model_type}`",
         _linked(prose(_docstring(name))),
@@ -55,7 +56,7 @@ def gallery() -> str:
         rows.append(
             [
                 f"[{name}]({name}.md)",
-                escape(first_sentence(_docstring(name))),
+                _linked(escape(first_sentence(_docstring(name)))),
                 state,
                 known["complexity"],
                 _kernel_link(known["kernel"]),
