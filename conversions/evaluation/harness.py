@@ -37,9 +37,10 @@ def lm_eval_tasks(
     """
     require_lm_eval(tasks)
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    from .lm_eval_model import RnnzooLM
+
+    wrapped = RnnzooLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
         output = lm_eval.simple_evaluate(
             model=wrapped, tasks=list(tasks), limit=max_items, num_fewshot=num_fewshot, bootstrap_iters=1000
