@@ -160,7 +160,9 @@ def _tokenizer(name: str | None) -> Any:
 
     there = Path(name).expanduser().is_dir()
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=there or not hub_reachable())
+        return AutoTokenizer.from_pretrained(
+            name, local_files_only=there or not hub_reachable(), trust_remote_code=False
+        )
     except Exception as error:  # the Hub and every kind of tokenizer have errors of their own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RnnzooError(f"{name} holds no tokenizer, as a folder or on the Hub: {reason}") from error

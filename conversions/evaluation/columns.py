@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...kernels.errors import RnnzooError
 from ..teachers import TeacherRef, resolve_teacher
+from ..teachers.files import foreign_code
+from ..teachers.tokenizer import first_line
 from .scoring import Stream
 from .store import folder_sha256
 from .window_baseline import SINKS, window_attention, window_for_bytes
@@ -110,8 +112,12 @@ def open_columns(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    trust_remote_code: bool = False,
 ) -> Opened:
     """Loads what the columns need: the student always, the teacher if it is given.
+
+    Args:
+        trust_remote_code: run modelling code that lies in `student_dir`. A teacher's is never run: its family is known.
 
     Raises:
         RnnzooError: unknown column, no model in the folder, or what `resolve_teacher` raises.
@@ -119,7 +125,7 @@ def open_columns(
     unknown = set(names) - set(COLUMNS)
     if unknown:
         raise RnnzooError(f"Unknown column {', '.join(sorted(unknown))}: expected some of {', '.join(COLUMNS)}.")
-    student = _student(student_dir, dtype, device)
+    student = _student(student_dir, dtype, device, trust_remote_code)
     opened = Opened([student] if "student" in names else [], student, None)
     if teacher is None:
         return opened
@@ -136,7 +142,7 @@ def open_columns(
     return opened
 
 
-def _student(folder: Path, dtype: torch.dtype, device: torch.device) -> Column:
+def _student(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Column:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ...zoo import register_auto_classes
@@ -145,8 +151,13 @@ def _student(folder: Path, dtype: torch.dtype, device: torch.device) -> Column:
     if not (folder / "config.json").exists():
         raise RnnzooError(f"{folder} holds no model (no config.json): give the output folder of a conversion.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = model.to(device).eval()
+    except ValueError as error:
+        if refusal := foreign_code(folder, error):
+            raise refusal from error
+        raise RnnzooError(f"The model in {folder} cannot be loaded: {first_line(error)}") from error
     except Exception as error:  # damaged weights, configuration or tokenizer: each library has its own errors
         reason = " ".join(str(error).split())[:200]
         raise RnnzooError(f"The model in {folder} cannot be loaded ({type(error).__name__}: {reason}).") from error

@@ -16,7 +16,15 @@ from pathlib import Path
 from ...kernels.cache import cache_root
 from ...kernels.errors import RnnzooError
 
-__all__ = ["cache_root", "check_safetensors", "content_hash", "hub_reachable", "quiet_loading", "user_errors"]
+__all__ = [
+    "cache_root",
+    "check_safetensors",
+    "content_hash",
+    "foreign_code",
+    "hub_reachable",
+    "quiet_loading",
+    "user_errors",
+]
 
 FULL_HASH_BYTES = 2 << 30
 SAMPLE_BYTES = 1 << 16
@@ -120,6 +128,16 @@ def hub_reachable(timeout: float = 3.0) -> bool:
     except Exception:  # whatever the reason, the answer is that it cannot be reached
         return False
     return True
+
+
+def foreign_code(source: str | Path, error: ValueError) -> RnnzooError | None:
+    """What to say where transformers would need code that comes with a model; None where the error is another."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return RnnzooError(
+        f"{source} needs Python code of its own, and rnnzoo does not run it; read that code, and if you trust it, add "
+        "--trust-remote-code."
+    )
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def folder_tokenizer(path: str | Path, config: Any, **download: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **download)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **download)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise RnnzooError(f"{path} has no readable tokenizer (tokenizer.json): {first_line(error)}") from error
     return _finished(tokenizer, config, str(path))

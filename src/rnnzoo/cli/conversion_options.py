@@ -9,7 +9,7 @@ import click
 
 from .quantities import BYTES, COUNT
 
-__all__ = ["conversion_options"]
+__all__ = ["conversion_options", "trust_option"]
 
 _OPTIONS = [
     click.argument("teacher", required=False),
@@ -50,3 +50,10 @@ def conversion_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run Python code that comes with the model. Without it no such code is run, whatever its files ask for.",
+)

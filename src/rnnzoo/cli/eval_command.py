@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from .conversion_options import trust_option
 from .output import Output, output_options
 from .progress import ProgressReport
 
@@ -61,6 +62,7 @@ COLUMN_NAMES = _Columns()
     metavar="TASK",
     help="A task of the lm-eval harness (extra `eval`), such as piqa; may be repeated.",
 )
+@trust_option
 @output_options
 def command(
     folder: str,
@@ -69,6 +71,7 @@ def command(
     limits: str,
     columns: tuple[str, ...] | None,
     lm_eval: tuple[str, ...],
+    trust_remote_code: bool,
     output: Output,
 ) -> None:
     """Measure the model in DIR; results.json and plots are written there.
@@ -90,6 +93,7 @@ def command(
             columns=columns or COLUMN_NAMES.known,
             limits=limits,
             lm_eval=lm_eval,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     from .results import show_results

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..kernels.errors import RnnzooError
+from .conversion_options import trust_option
 from .output import Output, output_options
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
 )
 @click.option("--revision", help="Branch, tag or commit, where DIR is a Hub id.")
+@trust_option
 @output_options
 def command(
     folder: str,
@@ -46,6 +48,7 @@ def command(
     seed: int,
     dtype: str,
     revision: str | None,
+    trust_remote_code: bool,
     output: Output,
 ) -> None:
     """Continue PROMPT with the model in DIR (a folder or a Hub id); a PROMPT of - is read from standard input."""
@@ -56,7 +59,7 @@ def command(
     if not prompt.strip():
         raise click.UsageError("The prompt is empty.")
     with output.only_result_on_stdout():
-        model, tokenizer = load(folder, dtype=dtype, revision=revision)
+        model, tokenizer = load(folder, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     chat = tokenizer.chat_template is not None if chat is None else chat
     if (chat or system is not None) and tokenizer.chat_template is None:
         raise RnnzooError(f"The tokenizer of {folder} has no chat template; leave out --chat and --system.")
@@ -87,8 +90,13 @@ def command(
         output.note(f"{len(answer)} tokens, {len(answer) / seconds:.1f} tokens/s")
 
 
-def load(folder: str, *, dtype: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal LM and its tokenizer, ours or any other, on the GPU where there is one."""
+def load(
+    folder: str, *, dtype: str, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal LM and its tokenizer, ours or any other, on the GPU where there is one.
+
+    Code that comes with the model is run with `trust_remote_code` alone.
+    """
     path = Path(folder)
     if path.exists() and not (path / "config.json").is_file():
         raise RnnzooError(
@@ -100,19 +108,27 @@ def load(folder: str, *, dtype: str, revision: str | None = None) -> tuple[PreTr
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..conversions.teachers.files import hub_reachable, quiet_loading
+    from ..conversions.teachers.files import foreign_code, hub_reachable, quiet_loading
     from ..zoo import register_auto_classes
 
     register_auto_classes()
     # Where the Hub is out of reach, only the cache is asked: a look-up would retry for half a minute.
     cached_only = not path.exists() and not hub_reachable()
-    source: dict[str, Any] = {"revision": revision or "main", "local_files_only": cached_only}
+    source: dict[str, Any] = {
+        "revision": revision or "main",
+        "local_files_only": cached_only,
+        "trust_remote_code": trust_remote_code,
+    }
     try:
         with quiet_loading():
             tokenizer = AutoTokenizer.from_pretrained(folder, **source)
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **source)
     except SafetensorError as error:
         raise RnnzooError(f"The weights in {folder} are damaged ({error}); convert or download them again.") from error
+    except ValueError as error:
+        if refusal := foreign_code(folder, error):
+            raise refusal from error
+        raise
     except OSError as error:
         if not cached_only:
             raise
