@@ -85,6 +85,9 @@ class RecurrentConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    # TRL computes losses from hidden states and head itself, and looks for the bound of the logits under this name.
+    attribute_map = {"final_logit_softcapping": "logit_cap"}
+
     def __init_subclass__(cls, *args: Any, **kwargs: Any):
         super().__init_subclass__(*args, **kwargs)
         _resolve_types(cls)
