@@ -48,6 +48,14 @@ class MambaState(MixerState):
     h: Tensor
 
 
+class StepWidth(nn.Linear):
+    """A linear layer that leaves its bias to the caller, who adds it in float32. Called, and not read, so that what an
+    adapter of PEFT adds to it counts."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight)
+
+
 @register_mixer("mamba")
 class MambaMixer(Mixer):
     """The equations at the head of this file."""
@@ -73,7 +81,7 @@ class MambaMixer(Mixer):
         # Only its parameters are used: the kernel knows about states, documents and padding.
         channels, taps = self.x_width, config.ssm_conv_kernel
         self.conv1d = nn.Conv1d(channels, channels, taps, groups=channels, bias=config.ssm_conv_bias)
-        self.dt_proj = nn.Linear(rank, inner)
+        self.dt_proj = StepWidth(rank, inner)
         self.A_log = nn.Parameter(torch.zeros(inner, states))
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_output_bias)
@@ -150,7 +158,7 @@ class MambaMixer(Mixer):
         if (eps := self.config.mamba_norm_eps) is not None:
             b, c, dt = (F.rms_norm(part, part.shape[-1:], eps=eps) for part in (b, c, dt))
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        dt = F.linear(dt, self.dt_proj.weight).to(wide)
+        dt = self.dt_proj(dt).to(wide)
         dt = self._to_groups(F.softplus(dt + self.dt_proj.bias.to(wide)), self.groups)
         y, h = self._scan(x, dt, b, c, None if state is None else state.h, ctx)
         y = self.out_proj(y * F.silu(z))
