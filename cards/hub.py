@@ -90,12 +90,13 @@ def push_files(
         said = sentence(error, repo, branch)
         if said is None:
             raise
-        _end_bars()
         raise said from error
+    finally:
+        _end_bars()
 
 
 def _end_bars() -> None:
-    """huggingface_hub leaves the bars of failed uploads open: they would be drawn once more after the error."""
+    """huggingface_hub leaves the bars of stopped uploads open: they would be drawn once more after the last word."""
     from huggingface_hub.utils import tqdm
 
     for bar in list(getattr(tqdm, "_instances", ())):

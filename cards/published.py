@@ -14,7 +14,7 @@ from typing import Any
 
 from ..kernels.errors import RnnzooError
 
-__all__ = ["PublishedFile", "local_paths", "published_files", "read_results", "stale_weights"]
+__all__ = ["PublishedFile", "local_paths", "published_files", "read_results", "stale_weights", "with_contents"]
 
 PATTERNS = (
     "*.safetensors",
@@ -121,6 +121,14 @@ def local_paths(folder: str | Path) -> list[str]:
     """Paths of this machine that results.json names and a push would make public."""
     path = Path(folder) / "results.json"
     return sorted(set(_LOCAL.findall(path.read_text(encoding="utf-8")))) if path.is_file() else []
+
+
+def with_contents(files: list[PublishedFile], contents: dict[str, bytes]) -> list[PublishedFile]:
+    """The files with these in their places or beside them, by path."""
+    made = [
+        PublishedFile(path, content, len(content), _large(path, len(content))) for path, content in contents.items()
+    ]
+    return sorted([*(file for file in files if file.path not in contents), *made], key=lambda file: file.path)
 
 
 def stale_weights(remote: list[str], local: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import yaml
 from .handwritten import without_notes
 from .licences import HUB_LICENCES
 
-__all__ = ["SECTIONS", "validate_card"]
+__all__ = ["SECTIONS", "validate_card", "validate_metadata"]
 
 _BEFORE = ("What it is", "Use", "Notes")
 _MEASURED = (
@@ -41,17 +41,30 @@ def validate_card(text: str, folder: str | Path | None = None) -> list[str]:
         text: the whole README.md; what people wrote between the marks is theirs and not checked.
         folder: where its relative links point; None leaves links unchecked.
     """
+    problems, body = _parted(text)
+    if body is None:
+        return problems
+    body = without_notes(body)
+    return [*problems, *_body(body), *(_links(body, Path(folder)) if folder is not None else [])]
+
+
+def validate_metadata(text: str) -> list[str]:
+    """As `validate_card`, of the block at the head alone: what the Hub reads, also of a card written by hand."""
+    return _parted(text)[0]
+
+
+def _parted(text: str) -> tuple[list[str], str | None]:
+    """The problems of the metadata, and the text behind it; None where the metadata cannot be read."""
     match = re.match(r"\A---\n(.*?)\n---\n(.*)\Z", text, re.DOTALL)
     if not match:
-        return ["The card does not start with a metadata block between lines of three dashes."]
+        return ["The card does not start with a metadata block between lines of three dashes."], None
     try:
         data = yaml.safe_load(match[1])
     except yaml.YAMLError as error:
-        return [f"The metadata is not YAML: {' '.join(str(error).split())}."]
+        return [f"The metadata is not YAML: {' '.join(str(error).split())}."], None
     if not isinstance(data, dict):
-        return ["The metadata is not a mapping."]
-    body = without_notes(match[2])
-    return [*_metadata(data), *_body(body), *(_links(body, Path(folder)) if folder is not None else [])]
+        return ["The metadata is not a mapping."], None
+    return _metadata(data), match[2]
 
 
 def _metadata(data: dict[str, Any]) -> list[str]:

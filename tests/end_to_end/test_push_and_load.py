@@ -71,3 +71,22 @@ def test_an_adapter_is_pushed_and_loaded_on_its_base(hub, push, small_model, tmp
         plain = SupraForCausalLM.from_pretrained(small_model).eval()(torch.tensor([[5, 30, 77, 200]])).logits[0]
     torch.testing.assert_close(torch.tensor(fresh), here, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(here, plain, atol=1e-3)
+
+
+def test_what_was_pushed_with_its_code_loads_without_rnnzoo(hub, push, small_model, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in small_model.rglob("*")}
+    push(small_model, "--code")
+    assert {path: path.stat().st_mtime_ns for path in small_model.rglob("*")} == before
+    assert "nothing to do" in push(small_model, "--code").stdout
+    ids = [5, 30, 77, 200]
+    script = (
+        "import json, sys, torch\n"
+        "sys.modules['rnnzoo'] = None  # as if it were not installed\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
+        "with torch.no_grad(): print(json.dumps(model(torch.tensor([json.loads(sys.argv[2])])).logits[0].tolist()))"
+    )
+    fresh = json.loads(python(hub, tmp_path / "cache", script, REPO, json.dumps(ids)))
+    with torch.no_grad():
+        here = SupraForCausalLM.from_pretrained(small_model).eval()(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(torch.tensor(fresh), here, rtol=1e-4, atol=1e-4)

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 @click.option("--pr", "pull_request", is_flag=True, help="Propose the commit as a pull request.")
 @click.option("--message", help="Of the commit. Default: Upload with rnnzoo VERSION.")
 @click.option(
+    "--code/--no-code",
+    default=True,
+    show_default=True,
+    help="Add the modelling code, so that the model loads without rnnzoo (trust_remote_code=True).",
+)
+@click.option(
     "--i-have-permission",
     "permission",
     is_flag=True,
@@ -44,6 +50,7 @@ def command(
     tag: str | None,
     pull_request: bool,
     message: str | None,
+    code: bool,
     permission: bool,
     dry_run: bool,
     output: Output,
@@ -57,6 +64,8 @@ def command(
     if pull_request and tag:
         raise click.UsageError("A tag needs a commit on a branch: --tag does not go with --pr.")
     files, left = _prepare(folder, permission, dry_run, output)
+    if code:
+        files = _with_code(Path(folder), files)
     if dry_run:
         _show_plan(files, left, repo, output)
         return
@@ -96,10 +105,54 @@ def _prepare(folder: str, permission: bool, dry_run: bool, output: Output) -> tu
     if not (Path(folder) / "README.md").is_file():
         output.note(f"{folder} has no README.md: there will be no model card")
     elif results is not None:
-        _check_card(Path(folder))
+        _check_card(Path(folder), output)
     if named := local_paths(folder):
         output.note(f"results.json names paths of this machine, which will be public: {', '.join(named[:3])}")
     return published_files(folder)
+
+
+def _with_code(folder: Path, files: list[PublishedFile]) -> list[PublishedFile]:
+    """With the code of a model of the zoo and the `auto_map` that names it; other models, or with code, as they are.
+
+    The card says how the model loads, so it is rendered again with the code there, unless somebody wrote in it where it
+    would be overwritten. DIR itself stays as it is.
+    """
+    import json
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return files  # an adapter, or what the Hub has to say something about
+    ours = isinstance(config, dict) and str(config.get("model_type")).startswith("rnnzoo-")
+    if not ours or config.get("auto_map"):
+        return files
+    from ..cards.published import with_contents
+    from ..publish.standalone import standalone_files
+
+    made = standalone_files(folder)
+    return with_contents(files, made | _card_with_code(files, made))
+
+
+def _card_with_code(files: list[PublishedFile], made: dict[str, bytes]) -> dict[str, bytes]:
+    """README.md for a folder with these additional files; nothing where it is not the rendered one."""
+    import tempfile
+
+    from ..cards.render import render_card
+
+    small = [file for file in files if not file.lfs]
+    if not {"README.md", "results.json"} <= {file.path for file in small}:
+        return {}
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch)
+        for file in small:
+            (copy / file.path).parent.mkdir(parents=True, exist_ok=True)
+            (copy / file.path).write_bytes(file.source if isinstance(file.source, bytes) else file.source.read_bytes())
+        before = (copy / "README.md").read_bytes()
+        if render_card(copy).read_bytes() != before:
+            return {}
+        for name, content in made.items():
+            (copy / name).write_bytes(content)
+        return {"README.md": render_card(copy).read_bytes()}
 
 
 def _record_permission(folder: Path, results: dict[str, Any]) -> None:
@@ -114,14 +167,17 @@ def _record_permission(folder: Path, results: dict[str, Any]) -> None:
         raise RnnzooError(f"Cannot write results.json in {folder}: {error.strerror or error}.") from None
 
 
-def _check_card(folder: Path) -> None:
-    from ..cards.validate import validate_card
+def _check_card(folder: Path, output: Output) -> None:
+    """What the Hub reads must be valid; what people read may be written by hand."""
+    from ..cards.validate import validate_card, validate_metadata
 
     try:
-        problems = validate_card((folder / "README.md").read_text(encoding="utf-8"), folder)
+        text = (folder / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RnnzooError(f"{folder / 'README.md'} cannot be read: {error}.") from None
-    if problems:
+    for problem in validate_card(text, folder)[:3]:
+        output.note(f"README.md: {problem}")
+    if problems := validate_metadata(text):
         raise RnnzooError(
             f"The card of {folder} is not valid: {problems[0]} `rnnzoo card {folder}` writes it again from "
             "results.json."
