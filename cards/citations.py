@@ -39,7 +39,7 @@ def citations(results: dict[str, Any], teacher_id: str | None, architecture: str
     with neither is cited by its address and commit.
     """
     known = known_citations()
-    teacher = results.get("teacher") or {}
+    teacher = results.get("teacher") or results.get("import") or {}
     layers = (results.get("model") or {}).get("layer_types") or []
     keys = [*known["architectures"].get(str(architecture), [])]
     for layer in dict.fromkeys(layers):

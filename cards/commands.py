@@ -12,7 +12,7 @@ from .view import View
 
 __all__ = ["convert_command", "eval_command", "import_command", "snippet_code", "train_command"]
 
-_OPTIONS = ("keep", "state-budget", "tokens", "seq-len")
+_OPTIONS = ("student", "keep", "state-budget", "tokens", "seq-len")
 PROMPT = "What is the capital of France?"
 
 

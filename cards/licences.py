@@ -40,7 +40,7 @@ def forbids_derivatives(licence: str | None) -> bool:
 
 
 def may_publish(results: dict[str, Any] | None, permission: bool = False) -> bool:
-    """Whether a model may go to the Hub by its teacher's licence.
+    """Whether a model may go to the Hub by the licence of what it was made from.
 
     Args:
         results: results.json as read; `publish: {"permission": true}` in it says that permission was given.
@@ -51,14 +51,15 @@ def may_publish(results: dict[str, Any] | None, permission: bool = False) -> boo
     Raises:
         RnnzooError: the licence forbids derivatives and there is no permission.
     """
-    teacher = (results or {}).get("teacher") or {}
+    parts = ((results or {}).get(part) for part in ("teacher", "import", "adapter"))
+    teacher = next((part for part in parts if part), {})
     stated = [str(teacher.get(key) or "") for key in ("licence", "licence_name")]
     forbidding = next((licence for licence in stated if forbids_derivatives(licence)), None)
     if forbidding is None:
         return False
     if permission or ((results or {}).get("publish") or {}).get("permission") is True:
         return True
-    name = teacher.get("base_model") or teacher.get("name") or "the teacher"
+    name = teacher.get("base_model") or teacher.get("name") or teacher.get("source") or "the teacher"
     raise RnnzooError(
         f"The licence of {name}, {forbidding}, forbids publishing what is derived from it; if its owner permitted you "
         "to, say so with --i-have-permission, and the card will say it too."

@@ -20,6 +20,8 @@ def metadata(view: View) -> dict[str, Any]:
     inherited = view.model.get("language") or view.teacher.get("language")
     data: dict[str, Any] = {"language": view.publish.get("language") or inherited or ["en"]}
     data |= hub_licence(view.licence)
+    if data["license"] == "other":
+        data.setdefault("license_name", "other")
     if data["license"] == "other" and view.base_id:
         data["license_link"] = f"https://huggingface.co/{view.base_id}"
     data["library_name"] = "peft" if view.kind == "adapter" else "transformers"

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..kernels.errors import RnnzooError
 from . import commands
 from .chain import licence_chain, licence_words
 from .citations import citations
+from .describe import describe
 from .formats import NOT_MEASURED, cell, count, duration, number, size
 from .handwritten import kept_notes
 from .limits import limits
@@ -64,16 +66,21 @@ def render_text(
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """results.json of an output folder.
+    """results.json of an output folder; where there is none, but a model or an adapter, an empty one.
 
     Raises:
-        RnnzooError: it is missing, broken, or of another version.
+        RnnzooError: there is nothing, or it is broken, or of another version.
     """
     source = folder / "results.json"
     try:
         results = json.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RnnzooError(f"{folder} holds no results.json: run rnnzoo convert or rnnzoo eval first.") from None
+        if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            return {"schema": 1}
+        raise RnnzooError(
+            f"{folder} holds no results.json, and no model or adapter (config.json, adapter_config.json): give the "
+            "folder of one."
+        ) from None
     except (OSError, ValueError) as error:
         raise RnnzooError(f"{source} is not readable ({error}): run rnnzoo eval again.") from None
     if not isinstance(results, dict) or results.get("schema") != 1:
@@ -83,30 +90,54 @@ def read_results(folder: Path) -> dict[str, Any]:
     return results
 
 
-def render_card(folder: str | Path, *, replace: bool = False) -> Path:
+def render_card(
+    folder: str | Path,
+    *,
+    replace: bool = False,
+    said: dict[str, Any] | None = None,
+    facts: Callable[[], dict[str, Any]] | None = None,
+) -> Path:
     """Writes README.md into `folder` from its results.json, and the plots that are not there yet.
 
-    The same results give the same file. The hand-written section of an earlier card stays as it is.
+    The same results give the same file. The hand-written section of an earlier card stays as it is. Where no run has
+    recorded what the model is, config.json and the headers of the weights say it.
 
     Args:
         replace: a README.md that rnnzoo did not write may be replaced.
+        said: by the publisher (`describe.said_by_publisher`); kept in results.json.
+        facts: of a model that no run has recorded, what only the model code knows of it: bytes of state.
     Returns:
         The path of the card.
     Raises:
-        RnnzooError: results.json is missing or broken, README.md is somebody else's or its marks are damaged, the card
-            would not be valid, or the folder cannot be written. The old README.md is then as it was.
+        RnnzooError: no model, a broken results.json, a README.md that is somebody else's or has damaged marks, a card
+            that would not be valid, or a folder that cannot be written. The old README.md is then as it was.
     """
     folder = Path(folder)
     results = read_results(folder)
     card = folder / "README.md"
     notes = kept_notes(card, replace)
-    plots = write_plots(results, folder)
-    text = render_text(results, plots, notes=notes, standalone=_holds_code(folder))
+    if said:
+        results["publish"] = (results.get("publish") or {}) | said
+    shown = _filled(results, folder, facts)
+    plots = write_plots(shown, folder)
+    text = render_text(shown, plots, notes=notes, standalone=_holds_code(folder))
     problems = validate_card(text, folder)
     if problems:
         raise RnnzooError(f"The card of {folder} would not be valid: {problems[0]}")
+    if said:
+        _write(folder / "results.json", json.dumps(results, indent=1) + "\n")
     _write(card, text)
     return card
+
+
+def _filled(results: dict[str, Any], folder: Path, facts: Callable[[], dict[str, Any]] | None) -> dict[str, Any]:
+    """With what the files say, where no run has said what the model is."""
+    if results.get("model"):
+        return results
+    found = describe(folder)
+    if "adapter" not in found and found and facts:
+        found["model"] |= facts()
+    return results | found
 
 
 def _holds_code(folder: Path) -> bool:
@@ -122,7 +153,7 @@ def _write(path: Path, text: str) -> None:
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=".README.", delete=False, encoding="utf-8", newline="\n"
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8", newline="\n"
         ) as file:
             temporary = Path(file.name)
             file.write(text)

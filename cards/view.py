@@ -82,9 +82,11 @@ class View:
     @property
     def licence(self) -> str | None:
         """The publisher's word, else the licence of what the model was made from."""
-        own = self.publish.get("licence")
-        inherited = self.teacher.get("licence") if self.kind == "converted" else self.origin.get("licence")
-        return own or inherited or self.adapter.get("licence")
+        source = {"converted": self.teacher, "adapter": self.adapter, "trained": {}}.get(self.kind, self.origin)
+        inherited = source.get("licence")
+        if str(inherited).lower() == "other":  # the Hub's word for one without a name there
+            inherited = source.get("licence_name") or inherited
+        return self.publish.get("licence") or inherited
 
     @property
     def window_label(self) -> str:
@@ -323,8 +325,11 @@ class View:
     def dataset_ids(self) -> list[str]:
         """Hub ids of the data: those that the run streamed, and those that the publisher names."""
         parts = ((self.conversion or self.training).get("data") or {}).values()
-        ids = [one for part in parts if isinstance(part, dict) for one in part.get("hub_ids") or [part.get("hub_id")]]
-        return list(dict.fromkeys(str(one) for one in [*ids, *(self.publish.get("datasets") or [])] if one))
+        sources = [str(part.get("source") or "") for part in parts if isinstance(part, dict)]
+        words = [word.strip() for source in sources for word in re.split(r"[,;]", source)]
+        streamed = [word.partition(":")[0] for word in words]  # local files are there by name, without a folder
+        ids = [one for one in streamed if _HUB_ID.fullmatch(one)]
+        return list(dict.fromkeys([*ids, *map(str, self.publish.get("datasets") or [])]))
 
     @property
     def collections(self) -> list[str]:

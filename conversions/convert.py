@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
-import platform
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ..kernels.errors import RnnzooError
 from ..zoo.core.registry import ATTENTION_TYPES
-from ..zoo.core.sizes import causal_lm_class, parameter_count, state_bytes
+from ..zoo.core.sizes import causal_lm_class
+from .energy import check_energy, measured_energy
 from .memory import keep_freed_memory, return_freed_memory
 from .prepare import keep_steps, prepare_recipe
 from .recipes import Recipe, parse_keep
+from .results import write_results
 from .run import FINISHED, Run, alone_in, holds_run, open_run, write_json
 from .student import (
     attention_twin,
@@ -58,6 +55,7 @@ def convert(
     restart: bool = False,
     evaluate: bool = True,
     revision: str | None = None,
+    energy: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Runs all stages of a recipe; the same call goes on where a stopped one was, and ends at the same weights.
@@ -68,7 +66,8 @@ def convert(
         student, keep, state_budget, tokens, seq_len: instead of the recipe's own.
         dtype: "bfloat16" or "float32", of training and of the saved weights.
         restart: discard an earlier run in `out`.
-        evaluate: measure the result on text held out from the data, beside the teacher.
+        evaluate: measure the result on text held out from the data, beside the teacher, and the way there.
+        energy: ISO code of the country, such as "DEU": measure energy and CO2 of the stages with CodeCarbon.
         progress: called as progress(stage, done tokens, all tokens, info).
     Returns:
         The contents of results.json.
@@ -77,6 +76,7 @@ def convert(
     """
     if dtype not in ("bfloat16", "float32"):
         raise RnnzooError(f"dtype is {dtype!r}; expected bfloat16 or float32.")
+    check_energy(energy)
     keep_freed_memory()
     found = resolve_teacher(teacher, revision=revision)
     own = {"student": student, "keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}
@@ -100,10 +100,12 @@ def convert(
         if run.created:
             stack.enter_context(alone_in(out))
         job = _Job(run, found, chosen, data, text_field, seed, getattr(torch, dtype), progress or (lambda *_: None))
+        job.ladder = evaluate
         try:
             with user_errors(f"The conversion into {out} stopped, and the same command will go on with it"):
                 if run.record(FINISHED) is None:
-                    job.stages()
+                    with measured_energy(energy, run.folder):
+                        job.stages()
                 results = job.results()
                 if evaluate:
                     results = job.evaluate()
@@ -133,6 +135,7 @@ class _Job:
     ):
         self.run, self.teacher, self.recipe, self.seed, self.dtype = run, teacher, recipe, seed, dtype
         self.data, self.text_field, self.progress = data, text_field, progress
+        self.ladder = False  # measure the student after each stage
 
     # What stages need ----------------------------------------------------------------------------------------------
 
@@ -220,7 +223,10 @@ class _Job:
             if self.run.record(name) is None:
                 self.progress(name, 0, 1, {})
                 student = self._initialise(student, parse_keep(keep, layers))
-                self.run.finish(name, student, {"tokens": 0, "kept": parse_keep(keep, layers)})
+                report = {"tokens": 0, "kept": parse_keep(keep, layers)} | self._rung(student, name)
+                if number == 0 and (found := self._held_out(self.twin, "teacher")):
+                    report["teacher_perplexity"] = found
+                self.run.finish(name, student, report)
                 self.progress(name, 1, 1, {})
             for stage in self.recipe.stages:
                 name = f"{prefix}{stage.name}"
@@ -235,11 +241,31 @@ class _Job:
                         continue
                     else:
                         report = self._train(student, stage, name, used, rows)
-                    self.run.finish(name, student, report)
+                    self.run.finish(name, student, report | self._rung(student, name))
                 used += rows if stage.kind != "calibrate" else 0
         assert student is not None
         self.run.publish(student.to(self.dtype), self.tokenizer)
         self.run.finish(FINISHED, None, {})
+
+    def _rung(self, student: Any, name: str) -> dict[str, Any]:
+        """What a stage records of the student after it."""
+        found = self._held_out(student, name)
+        names = {"value": "perplexity", "stderr": "perplexity_stderr", "tokens": "perplexity_tokens"}
+        return {names[key]: value for key, value in found.items()}
+
+    def _held_out(self, model: Any, name: str) -> dict[str, Any]:
+        if not self.ladder:
+            return {}
+        from .stages.ladder import held_out_perplexity
+
+        return held_out_perplexity(
+            model,
+            self.tokenizer,
+            self.evaluation_texts,
+            window=self.recipe.seq_len,
+            bf16=self.dtype == torch.bfloat16,
+            progress=lambda done, total: self.progress(f"{name}, held-out text", done, total, {}),
+        )
 
     def _initialise(self, previous: Any, keep: list[int]) -> Any:
         types = layer_types(self.teacher, self.recipe, keep)
@@ -301,47 +327,7 @@ class _Job:
 
     def results(self) -> dict[str, Any]:
         """results.json with everything but the evaluation."""
-        path = self.run.out / "results.json"
-        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"schema": 1}
-        results.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
-        with contextlib.suppress(PackageNotFoundError):  # run from a source tree
-            results["rnnzoo_version"] = version("rnnzoo")
-        config = causal_lm_class(self.recipe.student).config_class.from_pretrained(self.run.out)
-        done = [stage for stage in self.run.stages if stage["name"] != FINISHED]
-        shown = [{k: v for k, v in stage.items() if k not in ("student", "kept")} for stage in done]
-        text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False)
-        records = {}
-        for name in ("calibration", "training"):
-            file = self.run.folder / "data" / f"{name}.safetensors"
-            if file.exists():
-                from .data import PackedTokens
-
-                records[name] = PackedTokens.load(file).record()
-        results["model"] = (results.get("model") or {}) | {
-            "name": self.run.out.resolve().name,
-            "architecture": self.recipe.student,
-            "model_type": config.model_type,
-            "parameters": parameter_count(config),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "layer_types": config.layer_types,
-            "state_bytes": state_bytes(config, self.dtype),
-            "windows": getattr(config, "window_sizes", None),
-            "window_bits": getattr(config, "ring_bits", None),
-        }
-        results["teacher"] = (results.get("teacher") or {}) | self.teacher.record()
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        results["recipe"] = {"name": self.recipe.name, "sha256": digest, "yaml": text}
-        training = [stage for stage in done if "loss_first" in stage]
-        results["conversion"] = (results.get("conversion") or {}) | {
-            "tokens": sum(stage["tokens"] for stage in training),
-            "seed": self.seed,
-            "seconds": sum(stage.get("seconds", 0) for stage in done),
-            "hardware": f"{torch.get_num_threads()} threads, {platform.machine()}",
-            "stages": shown,
-            "data": ((results.get("conversion") or {}).get("data") or {}) | records,
-        }
-        write_json(path, results)
-        return results
+        return write_results(self.run, self.recipe, self.teacher, self.dtype, self.seed)
 
     def _source(self, records: dict[str, Any]) -> str:
         """What the text is; a run that neither calibrates nor trains has packed none."""

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from ..kernels.errors import RnnzooError
-from ..zoo.core.sizes import causal_lm_class, parameter_count, state_bytes, window_bytes
+from ..zoo.core.sizes import causal_lm_class, layer_state_bytes, parameter_count, state_bytes, window_bytes
 from .byte_tokenizer import byte_tokenizer
 from .data import Corpus, PackedTokens, TextHashes, corpus_from_texts, open_corpus, pack
+from .energy import check_energy, energy_record, measured_energy
 from .memory import keep_freed_memory
 from .run import FINISHED, Run, alone_in, open_run, write_json
 from .stages.training import CHECKPOINTS, Report, cut_metrics, newest_checkpoint, read_metrics
@@ -93,6 +94,7 @@ def train(
     settings: TrainSettings | None = None,
     restart: bool = False,
     evaluate: bool = True,
+    energy: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains a model from scratch; the same call goes on where a stopped one was.
@@ -102,6 +104,7 @@ def train(
         arch, config, size, fields: as `new_config` takes them.
         tokenizer: folder or Hub id; None: bytes.
         restart: discard an earlier run in `out`. evaluate: measure the result on the held-out text, as `convert` does.
+        energy: ISO code of the country, such as "DEU": measure energy and CO2 of the training with CodeCarbon.
         progress: called as progress(stage, done tokens, all tokens, info).
     Returns:
         The contents of results.json.
@@ -109,17 +112,15 @@ def train(
         RnnzooError: bad input, as one sentence.
     """
     settings = settings or TrainSettings()
+    check_energy(energy)
     keep_freed_memory()
     words = _tokenizer(tokenizer)
     fields = dict(fields or {})
     fields.setdefault("max_position_embeddings", max(2048, settings.context))
     made = new_config(arch, config, size, fields, words)
     corpus = open_corpus(data, text_field, tokenizer=words)
-    if (
-        settings.tokens is None
-        and settings.steps is None
-        and not all(Path(name).expanduser().exists() for name in data)
-    ):
+    endless = settings.tokens is None and settings.steps is None
+    if endless and not all(Path(name).expanduser().exists() for name in data):
         raise RnnzooError("A data set of the Hub is streamed and has no end here; say how many tokens or steps.")
     held_out = open_corpus(eval_data, text_field, tokenizer=words) if eval_data else None
     request = {
@@ -149,7 +150,8 @@ def train(
                 raise
         with user_errors(f"The training in {out} stopped, and the same command will go on with it"):
             if run.record(FINISHED) is None:
-                job.run_trainer()
+                with measured_energy(energy if main else None, run.folder):
+                    job.run_trainer()
             return job.results(evaluate) if main else {}
 
 
@@ -359,14 +361,14 @@ class _Job:
     # Results -------------------------------------------------------------------------------------------------------
 
     def results(self, evaluate: bool) -> dict[str, Any]:
-        """results.json, and with `evaluate` the measurements and the card."""
+        """results.json, with `evaluate` the measurements, and the card."""
         path = self.run.out / "results.json"
         results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"schema": 1}
         results.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
         with contextlib.suppress(PackageNotFoundError):  # run from a source tree
             results["rnnzoo_version"] = version("rnnzoo")
-        hashes = TextHashes.of(self.texts, "evaluation")
-        held_out = {"sha256": hashes.sha256, "source": self.eval_rows.source, "characters": sum(map(len, self.texts))}
+        sha256 = TextHashes.of(self.texts, "evaluation").sha256
+        held_out = {"sha256": sha256, "source": self.eval_rows.source, "characters": sum(map(len, self.texts))}
         results["model"] = (results.get("model") or {}) | {
             "name": self.run.out.resolve().name,
             "architecture": architecture_of(self.config),
@@ -375,6 +377,7 @@ class _Job:
             "dtype": self.settings.dtype,
             "layer_types": self.config.layer_types,
             "state_bytes": state_bytes(self.config, self.dtype) + window_bytes(self.config, self.dtype),
+            "layer_state_bytes": layer_state_bytes(self.config, self.dtype),
         }
         record = self.run.record(STAGE) or {}
         results["training"] = {name: value for name, value in record.items() if name != "name"} | {
@@ -383,15 +386,16 @@ class _Job:
             "tokenizer": self.run.request["tokenizer"] or "bytes",
             "hardware": f"{torch.get_num_threads()} threads, {platform.machine()}",
             "data": {"training": self.rows.record(), "evaluation": held_out},
+            "energy": energy_record(self.run.folder),
         }
         write_json(path, results)
-        if not evaluate:
-            return results
         from ..cards import render_card
-        from .evaluation import Dataset
-        from .evaluation import evaluate as measure
 
-        texts = [Dataset.of_texts("held-out text", self.texts)]
-        results = measure(self.run.out, datasets=texts, limits="quick", dtype=self.dtype, progress=self.progress)
+        if evaluate:
+            from .evaluation import Dataset
+            from .evaluation import evaluate as measure
+
+            texts = [Dataset.of_texts("held-out text", self.texts)]
+            results = measure(self.run.out, datasets=texts, limits="quick", dtype=self.dtype, progress=self.progress)
         render_card(self.run.out)
         return results

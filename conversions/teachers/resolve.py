@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,7 @@ import torch
 
 from ...kernels.errors import RnnzooError
 from . import embedded
+from .card import stated_in_card
 from .families import FAMILIES, Family, count_parameters, family_of
 from .files import check_safetensors, content_hash, hub_reachable, quiet_loading, user_errors
 from .gguf import gguf_config, gguf_family, load_gguf_weights, read_gguf_header
@@ -44,6 +45,7 @@ class TeacherRef:
         family: the adapter.
         base_model: a Hub id for the model card, if known.
         revision: as asked for (kind "hub").
+        card: what else its own card says: derived_from, citation, language, licence_name.
     """
 
     name: str
@@ -57,6 +59,7 @@ class TeacherRef:
     base_model: str | None = None
     revision: str | None = None
     cache_dir: str | None = None
+    card: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @functools.cached_property
     def parameters(self) -> int:
@@ -66,7 +69,7 @@ class TeacherRef:
     def record(self) -> dict[str, Any]:
         """What results.json says of it."""
         names = ("name", "kind", "sha", "licence", "base_model", "parameters", "revision")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {k: v for k, v in self.card.items() if k != "licence"}
 
     def fetch(self) -> Path:
         """Downloads what `load` needs (kinds "hub" and "embedded"); returns the folder.
@@ -155,7 +158,8 @@ def _folder(path: Path) -> TeacherRef:
     weights = _weight_files(path)
     sha = content_hash([path / "config.json", *weights])
     name = path.resolve().name
-    return TeacherRef(name, "folder", path.resolve(), None, config, sha, _stated_licence(path), family)
+    card = stated_in_card(path)
+    return TeacherRef(name, "folder", path.resolve(), None, config, sha, card.get("licence"), family, card=card)
 
 
 def _read_config(folder: Path, source: str) -> tuple[Family, PreTrainedConfig]:
@@ -196,16 +200,6 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _stated_licence(folder: Path) -> str | None:
-    """The `license:` line of the card's front matter."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    front = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    stated = front and re.search(r"^license:\s*[\"']?([\w.+-]+)", front.group(1), re.MULTILINE)
-    return stated.group(1) if stated else None
-
-
 def _hub(name: str, revision: str | None, cache_dir: str | None) -> TeacherRef:
     from huggingface_hub import hf_hub_download
 
@@ -213,11 +207,11 @@ def _hub(name: str, revision: str | None, cache_dir: str | None) -> TeacherRef:
     options: dict[str, Any] = dict(revision=revision, cache_dir=cache_dir, local_files_only=offline)
     file = Path(_from_hub(name, offline, functools.partial(hf_hub_download, name, "config.json", **options)))
     family, config = _read_config(file.parent, name)
-    licence = None
+    card: dict[str, Any] = {}
     with contextlib.suppress(OSError):  # no card, or not in the cache: the licence is then unknown
-        licence = _stated_licence(Path(hf_hub_download(name, "README.md", **options)).parent)
-    sha = file.parent.name
-    return TeacherRef(name, "hub", file.parent, None, config, sha, licence, family, name, revision, cache_dir)
+        card = stated_in_card(Path(hf_hub_download(name, "README.md", **options)).parent)
+    sha, licence = file.parent.name, card.get("licence")
+    return TeacherRef(name, "hub", file.parent, None, config, sha, licence, family, name, revision, cache_dir, card)
 
 
 def _fetch_hub(ref: TeacherRef) -> Path:

@@ -143,7 +143,7 @@ def test_the_command_to_reproduce_names_the_commit_of_a_hub_teacher():
 def test_collections_and_data_sets_are_linked():
     results = invented()
     results["publish"] = {"collections": ["someone/recurrent-1a2b"], "datasets": ["someone/prose"], "language": ["de"]}
-    results["conversion"]["data"]["training"]["hub_ids"] = ["other/streamed"]
+    results["conversion"]["data"]["training"]["source"] = "notes.txt, other/streamed:big"
     text = render_text(results)
     assert "(https://huggingface.co/collections/someone/recurrent-1a2b)" in text
     assert head(text)["datasets"] == ["other/streamed", "someone/prose"] and head(text)["language"] == ["de"]

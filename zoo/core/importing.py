@@ -35,6 +35,7 @@ __all__ = [
     "import_checkpoint",
     "importable",
     "joined",
+    "recognised_format",
     "renamed",
 ]
 
@@ -270,6 +271,13 @@ def import_checkpoint(
         if pathlib.Path(source).is_dir():
             _copy_along(checkpoint.folder, folder)
     return pathlib.Path(out)
+
+
+def recognised_format(source: str | os.PathLike, architecture: str) -> str | None:
+    """The name of the format that a checkpoint is in; None: none of the architecture's."""
+    checkpoint = Checkpoint(source)
+    known = formats(architecture).values()
+    return next((own.name for own in known if own.recognises(checkpoint.config, checkpoint.shapes)), None)
 
 
 def export_checkpoint(

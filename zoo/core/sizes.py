@@ -13,7 +13,15 @@ from .registry import ATTENTION_TYPES
 if TYPE_CHECKING:
     from .modeling import RecurrentForCausalLM
 
-__all__ = ["architecture_config", "causal_lm_class", "parameter_count", "state_bytes", "window_bytes"]
+__all__ = [
+    "architecture_config",
+    "attention_bytes_per_token",
+    "causal_lm_class",
+    "layer_state_bytes",
+    "parameter_count",
+    "state_bytes",
+    "window_bytes",
+]
 
 
 def causal_lm_class(architecture: str) -> type[RecurrentForCausalLM]:
@@ -47,12 +55,23 @@ def parameter_count(config: RecurrentConfig) -> int:
 
 def state_bytes(config: RecurrentConfig, dtype: torch.dtype) -> int:
     """Bytes of all states but keys and values of attention, for one sequence, in a model of `dtype`."""
+    return sum(layer_state_bytes(config, dtype))
+
+
+def layer_state_bytes(config: RecurrentConfig, dtype: torch.dtype) -> list[int]:
+    """The same of each layer."""
     from .modeling import RecurrentBlock
 
     meta = torch.device("meta")
     with meta:
         blocks = [RecurrentBlock(config, i) for i in range(config.num_hidden_layers)]
-        return sum(block.init_state(1, meta, dtype).num_bytes() for block in blocks)
+        return [block.init_state(1, meta, dtype).num_bytes() for block in blocks]
+
+
+def attention_bytes_per_token(config: RecurrentConfig, dtype: torch.dtype) -> int:
+    """Bytes that every token adds to the keys and values of all full-attention layers, for one sequence."""
+    layers = config.layer_types.count("full_attention")
+    return layers * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 def window_bytes(config: RecurrentConfig, dtype: torch.dtype) -> int:

@@ -1,4 +1,4 @@
-"""`rnnzoo card DIR`: the model card, from results.json alone."""
+"""`rnnzoo card DIR`: the model card of any model folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,33 @@ from .output import Output, output_options
 
 @click.command("card")
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False))
+@click.option("--licence", "--license", "licence", metavar="NAME", help="Licence of this model, such as apache-2.0.")
+@click.option("--language", multiple=True, metavar="CODE", help="Such as en, the default; repeatable.")
+@click.option("--dataset", "datasets", multiple=True, metavar="ID", help="A data set of the Hub to link; repeatable.")
+@click.option("--collection", "collections", multiple=True, metavar="ID", help="A collection to link; repeatable.")
+@click.option("--replace", is_flag=True, help="Replace a README.md that rnnzoo did not write.")
 @output_options
-def command(folder: str, output: Output) -> None:
-    """Write README.md in DIR from its results.json; what was not measured is said so."""
-    from ..cards.render import render_card
+def command(
+    folder: str,
+    licence: str | None,
+    language: tuple[str, ...],
+    datasets: tuple[str, ...],
+    collections: tuple[str, ...],
+    replace: bool,
+    output: Output,
+) -> None:
+    """Write README.md in DIR from its results.json; what was not measured is said so.
 
-    path = render_card(folder)
-    output.result({"card": str(path)}, lambda console: console.print(str(path), markup=False, soft_wrap=True))
+    A folder without results.json (a fine-tuned model, a PEFT adapter) gets a short card of what its files say. What the
+    options say is kept in results.json for the next card. Your own text in the section "Notes" stays.
+    """
+    from pathlib import Path
+
+    from ..cards.describe import said_by_publisher
+    from ..cards.render import render_card
+    from .facts import model_facts
+
+    said = said_by_publisher(licence=licence, language=language, datasets=datasets, collections=collections)
+    path = Path(folder)
+    card = render_card(path, replace=replace, said=said, facts=lambda: model_facts(path))
+    output.result({"card": str(card)}, lambda console: console.print(str(card), markup=False, soft_wrap=True))

@@ -9,7 +9,7 @@ import click
 
 from .quantities import BYTES, COUNT
 
-__all__ = ["conversion_options", "trust_option"]
+__all__ = ["conversion_options", "energy_option", "trust_option"]
 
 _OPTIONS = [
     click.argument("teacher", required=False),
@@ -56,4 +56,11 @@ trust_option = click.option(
     "--trust-remote-code",
     is_flag=True,
     help="Run Python code that comes with the model. Without it no such code is run, whatever its files ask for.",
+)
+
+
+energy_option = click.option(
+    "--energy",
+    metavar="COUNTRY",
+    help="Measure energy and CO2 with CodeCarbon (extra `energy`); the country by its ISO code, such as DEU.",
 )

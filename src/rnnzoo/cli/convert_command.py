@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .conversion_options import conversion_options
+from .conversion_options import conversion_options, energy_option
 from .output import Output, output_options
 from .progress import ProgressReport
 
@@ -36,6 +36,7 @@ from .progress import ProgressReport
     help="Of training and of the saved weights.",
 )
 @click.option("--restart", is_flag=True, help="Discard what an earlier run left in DIR.")
+@energy_option
 @click.option("--evaluate/--no-evaluate", default=True, show_default=True, help="Measure the result at the end.")
 @output_options
 def command(out: str, data: tuple[str, ...], output: Output, **options: Any) -> None:

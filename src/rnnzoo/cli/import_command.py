@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import click
 
+from .. import __version__
 from ..kernels.errors import RnnzooError
 from .output import Output, output_options
 
@@ -24,12 +28,47 @@ def command(
 ) -> None:
     """Write CHECKPOINT, a folder, a .pth file or a Hub id, as a model of the zoo into DIR.
 
-    Nothing that a file holds is run: safetensors, or torch files read as tensors alone.
+    Nothing that a file holds is run: safetensors, or torch files read as tensors alone. results.json keeps where the
+    weights come from, and README.md is a short card.
     """
+    from ..cards.describe import describe
+    from ..cards.render import render_card
     from ..zoo.core.importing import import_checkpoint
+    from .facts import model_facts
 
-    path = import_checkpoint(_local(checkpoint, revision), architecture, out, format=format)
+    local = _local(checkpoint, revision)
+    path = import_checkpoint(local, architecture, out, format=format)
+    origin = _origin(checkpoint, Path(local), architecture, format)
+    model = describe(path)["model"] | model_facts(path)
+    _keep_origin(path, origin | ({"revision": revision} if revision else {}), model)
+    render_card(path)
     output.result({"model": str(path)}, lambda console: console.print(str(path), markup=False, soft_wrap=True))
+
+
+def _origin(checkpoint: str, local: Path, architecture: str, format: str | None) -> dict[str, Any]:
+    """Where the weights come from: a Hub id and its commit, or a name and a hash; never a path of this machine."""
+    from ..conversions.teachers.card import stated_in_card
+    from ..conversions.teachers.files import content_hash
+    from ..zoo.core.importing import recognised_format
+
+    here = os.path.exists(checkpoint)
+    card = stated_in_card(local) if local.is_dir() else {}
+    patterns = ("config.json", "*.safetensors", "pytorch_model*.bin", "*.pth")
+    files = sorted({file for pattern in patterns for file in local.glob(pattern)}) if local.is_dir() else [local]
+    return {
+        "source": local.resolve().name if here else checkpoint,
+        "kind": ("folder" if local.is_dir() else "file") if here else "hub",
+        "format": format or recognised_format(local, architecture),
+        "sha": content_hash(files) if here else local.name,
+        **{key: card[key] for key in ("licence", "licence_name", "citation") if key in card},
+    }
+
+
+def _keep_origin(folder: Path, origin: dict[str, Any], model: dict[str, Any]) -> None:
+    from ..conversions.run import write_json
+
+    record = {"schema": 1, "created": datetime.now(UTC).isoformat(timespec="seconds"), "rnnzoo_version": __version__}
+    write_json(folder / "results.json", record | {"model": model, "import": origin})
 
 
 def _local(checkpoint: str, revision: str | None) -> str:
@@ -39,7 +78,7 @@ def _local(checkpoint: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.bin", "*.pth", "tokenizer*", "*.jinja", "*.txt", "*.model"]
+    patterns = ["README.md", "*.json", "*.safetensors", "*.bin", "*.pth", "tokenizer*", "*.jinja", "*.txt", "*.model"]
     try:
         return snapshot_download(checkpoint, revision=revision, allow_patterns=patterns)
     except HFValidationError as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from .conversion_options import energy_option
 from .output import Output, output_options
 from .progress import ProgressReport
 from .quantities import COUNT
@@ -39,6 +40,7 @@ from .quantities import COUNT
     help="Of training (autocast) and of the saved weights.",
 )  # fmt: skip
 @click.option("--restart", is_flag=True, help="Discard what an earlier run left in DIR.")
+@energy_option
 @click.option("--evaluate/--no-evaluate", default=True, show_default=True, help="Measure the result at the end.")
 @output_options
 def command(output: Output, data: tuple[str, ...], eval_data: tuple[str, ...], out: str, **options: Any) -> None:
@@ -55,7 +57,7 @@ def command(output: Output, data: tuple[str, ...], eval_data: tuple[str, ...], o
         for option, field in (("hidden_size", "hidden_size"), ("layers", "num_hidden_layers")):
             value = options.pop(option)
             fields |= {} if value is None else {field: value}
-        names = ("arch", "config", "size", "text_field", "tokenizer", "restart", "evaluate")
+        names = ("arch", "config", "size", "text_field", "tokenizer", "restart", "evaluate", "energy")
         chosen = {name: options.pop(name) for name in names}
         results = train(
             out,

@@ -1,0 +1,73 @@
+"""results.json of a conversion: what was asked for, what each stage did, what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import yaml
+
+from ..zoo.core.sizes import causal_lm_class, layer_state_bytes, parameter_count, state_bytes
+from .energy import energy_record
+from .recipes import Recipe
+from .run import FINISHED, Run, write_json
+from .teachers import TeacherRef
+
+__all__ = ["write_results"]
+
+
+def write_results(run: Run, recipe: Recipe, teacher: TeacherRef, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    """Writes everything but the evaluation; what results.json holds of that stays."""
+    path = run.out / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"schema": 1}
+    results.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
+    with contextlib.suppress(PackageNotFoundError):  # run from a source tree
+        results["rnnzoo_version"] = version("rnnzoo")
+    config = causal_lm_class(recipe.student).config_class.from_pretrained(run.out)
+    done = [stage for stage in run.stages if stage["name"] != FINISHED]
+    shown = [{k: v for k, v in stage.items() if k not in ("student", "kept", "teacher_perplexity")} for stage in done]
+    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
+    records = {}
+    for name in ("calibration", "training"):
+        file = run.folder / "data" / f"{name}.safetensors"
+        if file.exists():
+            from .data import PackedTokens
+
+            records[name] = PackedTokens.load(file).record()
+    results["model"] = (results.get("model") or {}) | {
+        "name": run.out.resolve().name,
+        "architecture": recipe.student,
+        "model_type": config.model_type,
+        "parameters": parameter_count(config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layer_types": config.layer_types,
+        "state_bytes": state_bytes(config, dtype),
+        "layer_state_bytes": layer_state_bytes(config, dtype),
+        "windows": getattr(config, "window_sizes", None),
+        "window_bits": getattr(config, "ring_bits", None),
+    }
+    results["teacher"] = (results.get("teacher") or {}) | teacher.record()
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    results["recipe"] = {"name": recipe.name, "sha256": digest, "yaml": text}
+    training = [stage for stage in done if "loss_first" in stage]
+    results["conversion"] = (results.get("conversion") or {}) | {
+        "tokens": sum(stage["tokens"] for stage in training),
+        "seed": seed,
+        "seconds": sum(stage.get("seconds", 0) for stage in done),
+        "hardware": f"{torch.get_num_threads()} threads, {platform.machine()}",
+        "stages": shown,
+        "data": ((results.get("conversion") or {}).get("data") or {}) | records,
+    }
+    later = {
+        "teacher_perplexity": next((s["teacher_perplexity"] for s in done if "teacher_perplexity" in s), None),
+        "energy": energy_record(run.folder),
+    }
+    results["conversion"] |= {name: value for name, value in later.items() if value}
+    write_json(path, results)
+    return results
