@@ -1,0 +1,177 @@
+"""What of the zoo a configuration does not use, and its code can therefore do without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from .folding import Facts
+
+if TYPE_CHECKING:
+    from ..zoo.core.configuration import RecurrentConfig
+
+__all__ = ["Features", "known_features", "unused_features"]
+
+STATEFUL = """\
+    # generate() refuses assisted decoding, which needs a cache that rolls back: rnnzoo has one.
+    _is_stateful = True
+"""
+# Rollback, which assisted decoding needs, keeps the inputs of every layer and runs them again.
+ROLLBACK = {
+    "zoo.core.cache": Facts(
+        values={"self._checkpoint": None, "self._calls": (), "self.recording": False},
+        members=frozenset(
+            f"RecurrentCache.{name}"
+            for name in ("begin_recording", "record", "end_recording", "activate_past_recording", "crop")
+            + ("_expect_whole_prefixes", "_replay")
+        ),
+        targets=frozenset(
+            {"self.recording", "self._checkpoint", "self._calls", "self._model", "self._checkpoint, self._calls"}
+        ),
+    ),
+    "zoo.core.modeling": Facts(
+        values={"cache.recording": False},
+        members=frozenset({"RecurrentModel.replay", "RecurrentBlock.advance"}),
+        rewritten={"RecurrentPreTrainedModel._is_stateful": STATEFUL},
+        calls=frozenset({"begin_recording", "record", "end_recording"}),
+    ),
+    "zoo.core.generation": Facts(values={"generation_config.is_assistant": False}),
+}
+# One token takes the same way as many.
+MANY = {
+    "kernels.gated_linear_attention.window": Facts(values={"time == 1": False}),
+    "kernels.gated_linear_attention.linear_part": Facts(values={"time == 1": False, "weights.shape[-1] == 1": True}),
+    "kernels.gated_linear_attention.state": Facts(members=frozenset({"WindowState.select"})),
+}
+WINDOW = {"kernels.gated_linear_attention": Facts(values={"window": None})}
+WINDOW["kernels.gated_linear_attention.chunked"] = WINDOW["kernels.gated_linear_attention"]
+BONUS = {
+    module: Facts(values={"bonus": None})
+    for module in ("zoo.core.recurrences", "kernels.gated_linear_attention", "kernels.gated_linear_attention.chunked")
+    + ("kernels.gated_linear_attention.linear_part",)
+}
+NORMALIZE = {module: Facts(values={"normalize": False}) for module in BONUS}
+NORMALIZE["zoo.core.linear"] = Facts({"normalize": False, "self.normalize": False}, targets=frozenset({"self.normalize"}))
+ROTARY = {
+    "zoo.core.modeling": Facts(values={"rotary": None}, targets=frozenset({"rotary", "self.rotary"})),
+    "zoo.core.mixer": Facts(rewritten={"Context.rotary": "    rotary: None\n"}),
+}
+PLAIN_ROTARY = {
+    "zoo.core.rotary": Facts(
+        values={"rope_type in LENGTH_DEPENDENT": False, "rope_type == 'default'": True},
+        targets=frozenset({"rope_type"}),
+    )
+}
+PREFIX = {
+    "zoo.core.modeling": Facts(values={"prefix_mask": None, "prefix": None}, targets=frozenset({"prefix"})),
+    "zoo.core.generation": Facts(members=frozenset({"RecurrentGenerationMixin.prepare_inputs_for_generation"})),
+    "zoo.core.mixer": Facts(members=frozenset({"Mixer.columns", "MixerState.reorder"})),
+}
+
+
+# Fields that a user may change after loading.
+FREE = {"use_cache", "fused_loss", "tie_word_embeddings", "hidden_act", "pad_token_id", "bos_token_id", "eos_token_id"}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What is known of every module under a configuration.
+
+    Args:
+        fields: names of fields and what they are. modules: more that is known of single modules.
+    """
+
+    fields: Mapping[str, Any]
+    modules: Mapping[str, Facts]
+
+    def of(self, module: str) -> Facts:
+        facts = self.modules.get(module, Facts())
+        if not module.startswith("zoo.") or "configuration" in module:
+            return facts
+        values = {f"{owner}.{name}": value for name, value in self.fields.items() for owner in OWNERS}
+        return Facts(values) | facts
+
+    def without(self, modules: Mapping[str, Facts]) -> Features:
+        """The same with more known."""
+        known = dict(self.modules)
+        for module, facts in modules.items():
+            known[module] = known.get(module, Facts()) | facts
+        return Features(self.fields, known)
+
+
+OWNERS = ("config", "self.config")
+
+
+def known_features(config: RecurrentConfig) -> Features:
+    """What a configuration does not use, as far as it says so itself."""
+    from ..zoo.core.configuration import RecurrentConfig
+    from ..zoo.core.registry import config_class
+
+    classes = [RecurrentConfig, *map(config_class, [*config.layer_types, config.channel_mixer, config.mixer])]
+    names = {field.name for cls in classes if cls is not None for field in fields(cls)} - FREE
+    names -= {field.name for field in fields(PreTrainedConfig)} - {"channel_mixer"}
+    values = {name: getattr(config, name) for name in sorted(names)}
+    choices = {name: value for name, value in values.items() if value is None or isinstance(value, (bool, str))}
+    features = Features(choices, {}).without(ROLLBACK)
+    if config.rope_parameters is None or config.rope_parameters.get("rope_type", "default") == "default":
+        features = features.without(PLAIN_ROTARY)
+    features = features.without({"zoo.core.modeling": _block(config), "zoo.core.layers": _norm(config)})
+    if "hedgehog" in config.layer_types:
+        return features.without({"zoo.hedgehog.modeling_hedgehog": _hedgehog(config)} | MANY)
+    return features.without(WINDOW)
+
+
+def unused_features(code: str) -> dict[str, Facts]:
+    """What code of mixers makes no use of."""
+    modules: dict[str, Facts] = {}
+    for words, facts in UNUSED:
+        if not any(word in code for word in words):
+            for module, more in facts.items():
+                modules[module] = modules.get(module, Facts()) | more
+    return modules
+
+
+UNUSED = (
+    (("prefix_mask", "ctx.prefix"), PREFIX),
+    (("bonus=", "Window("), BONUS),
+    (("normalize=True",), NORMALIZE),
+    (("ctx.rotary",), ROTARY),
+    ((".unrotate(",), {"zoo.core.rotary": Facts(members=frozenset({"Rotary.unrotate"}))}),
+)
+
+
+def _block(config: RecurrentConfig) -> Facts:
+    """Options of a block and of the model around it."""
+    facts = Facts(values={"self.parallel_residual": config.parallel_residual}, targets=frozenset({"self.parallel_residual"}))
+    if config.channel_mixer == "mlp" or config.intermediate_size == 0:
+        values = {"self.has_states": False, "isinstance(state, BlockState)": False}
+        facts |= Facts(values=values, targets=frozenset({"self.has_states"}))
+    if config.intermediate_size == 0:
+        facts |= Facts(values={"has_mlp": False, "self.mlp": None}, targets=frozenset({"has_mlp"}))
+        facts |= Facts(targets=frozenset({"self.post_attention_layernorm", "self.mlp"}))
+    if getattr(config, "temporal_perspectives", 1) == 1:
+        facts |= Facts(values={"self.perspectives": None}, targets=frozenset({"self.perspectives", "count"}))
+    if not config.embedding_norm:
+        facts |= Facts(values={"self.embedding_norm": None}, targets=frozenset({"self.embedding_norm"}))
+    return facts
+
+
+def _norm(config: RecurrentConfig) -> Facts:
+    name = {"rms": "RMSNorm", "rms_offset": "OffsetRMSNorm", "layer": "nn.LayerNorm"}[config.norm_type]
+    return Facts(rewritten={".NORMS": f'NORMS = {{"{config.norm_type}": {name}}}\n'})
+
+
+def _hedgehog(config: RecurrentConfig) -> Facts:
+    """One token takes the same way as many; a map of features and, without bits, plain rings."""
+    prototypes = config.feature_map == "prototype"
+    facts = Facts(
+        values={"alone": False, "self.prototypes": prototypes},
+        targets=frozenset({"alone", "self.prototypes"}),
+        members=frozenset({"HedgehogMixer._leaving_features"}),
+    )
+    if config.ring_bits is None:
+        facts |= Facts(values={"self.bits": None}, targets=frozenset({"self.bits"}))
+    return facts

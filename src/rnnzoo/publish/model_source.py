@@ -1,0 +1,94 @@
+"""A module's source without what only conversion, training of the zoo and its tables need."""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+
+from .source_edits import Edit, Offsets, apply, docstring_of, lines_of, replacing
+
+__all__ = ["first_paragraph", "for_running", "with_short_docstrings"]
+
+# Methods that start a model from a teacher or run single layers, and what `rnnzoo list` shows of an architecture.
+METHODS = {"init_from_attention", "student_fields", "AttentionProjections.load", "RecurrentModel.make_context"}
+ATTRIBUTES = {"sizes", "kernel", "complexity"}
+
+
+def for_running(text: str) -> str:
+    """The module without conversion, and with classes where it calls `model_classes`."""
+    tree, offsets = ast.parse(text), Offsets(text)
+    edits = []
+    for statement in tree.body:
+        if isinstance(statement, ast.ClassDef):
+            edits += [Edit(*lines_of(s, offsets), "") for s in statement.body if _is_dropped(statement, s)]
+        elif isinstance(statement, ast.Assign) and "model_classes(" in ast.unparse(statement.value):
+            names = [element.id for element in statement.targets[0].elts]
+            classes = _class_imports(tree) + _classes(names, statement.value.args[0].id)
+            edits.append(replacing(statement, classes, offsets))
+    return apply(text, edits)
+
+
+def _is_dropped(owner: ast.ClassDef, statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.FunctionDef):
+        return bool({statement.name, f"{owner.name}.{statement.name}"} & METHODS)
+    if isinstance(statement, ast.Assign):
+        return isinstance(statement.targets[0], ast.Name) and statement.targets[0].id in ATTRIBUTES
+    # A dataclass may have fields of these names; these are none.
+    is_field = isinstance(statement, ast.AnnAssign) and "ClassVar" not in ast.unparse(statement.annotation)
+    if isinstance(statement, ast.AnnAssign) and owner.name in ("Mixer", "RecurrentConfig"):
+        return statement.target.id in ATTRIBUTES
+    return isinstance(statement, ast.AnnAssign) and not is_field and statement.target.id in ATTRIBUTES
+
+
+BASES = {
+    "Model": "RecurrentModel",
+    "ForCausalLM": "RecurrentForCausalLM",
+    "ForSequenceClassification": "RecurrentForSequenceClassification",
+}
+
+
+def _classes(names: list[str], config: str) -> str:
+    """What `model_classes` makes, as statements."""
+    stem = config.removesuffix("Config")
+    parts = [f"class {name}({BASES[name.removeprefix(stem)]}):\n    config_class = {config}\n" for name in names]
+    return "\n\n".join(parts)
+
+
+def _class_imports(tree: ast.Module) -> str:
+    """The import of the bases, from where the module has `model_classes`."""
+    found = next(s for s in tree.body if isinstance(s, ast.ImportFrom) and s.names[0].name == "model_classes")
+    return f"from {'.' * found.level}{found.module} import {', '.join(BASES.values())}\n"
+
+
+def first_paragraph(docstring: str) -> str:
+    """The docstring up to its first empty line, the end of a sentence."""
+    paragraph = docstring.strip().split("\n\n")[0]
+    paragraph = re.split(r"\n\s*(?:Args|Returns|Raises|Attributes):", paragraph)[0].rstrip()
+    return paragraph.rstrip(":;,") + ("." if paragraph[-1] in ":;," else "")
+
+
+def first_sentence(docstring: str) -> str:
+    """The docstring up to the first period or colon that ends a clause, on one line where it fits."""
+    paragraph = " ".join(first_paragraph(docstring).split())
+    return re.split(r"(?<=\.)\s|[:;]\s", paragraph)[0].rstrip(".") + "."
+
+
+def with_short_docstrings(text: str, detail: str) -> str:
+    """The docstrings of classes and functions reduced as `flatten.DETAILS` says."""
+    tree, offsets = ast.parse(text), Offsets(text)
+    shortened = first_paragraph if detail == "paragraph" else first_sentence
+    edits = []
+    for node in ast.walk(tree):
+        docstring = docstring_of(node)
+        if docstring is None or isinstance(node, ast.Module):
+            continue
+        if detail == "public" and node.name.startswith("_") and len(node.body) > 1:
+            edits.append(Edit(*lines_of(docstring, offsets), ""))
+            continue
+        short = shortened(docstring.value.value)
+        if short != docstring.value.value.strip():
+            indent = " " * docstring.col_offset
+            lines = textwrap.wrap(short, 117 - len(indent)) if detail != "paragraph" else [short]
+            edits.append(replacing(docstring, f'"""{f"{chr(10)}{indent}".join(lines)}"""', offsets))
+    return apply(text, edits)

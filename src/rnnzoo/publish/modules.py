@@ -1,0 +1,152 @@
+"""The modules of rnnzoo as sources: what each defines, and where each of its names comes from."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .folding import Facts, fold
+from .kernel_source import with_one_backend
+from .model_source import for_running
+from .scopes import bound_names
+
+__all__ = ["External", "Module", "Source", "Symbol"]
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a module imports from one on the left, it gets from the one on the right.
+SUBSTITUTES = {
+    "zoo.core.registry": "publish.flat.registry",
+    "kernels.dispatch": "publish.flat.dispatch",
+    "kernels.losses": "publish.flat.losses",
+    "kernels.gated_linear_attention.softmax_part": "publish.flat.softmax_part",
+}
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A name defined in a module of rnnzoo."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class External:
+    """A name from another package: `import module as local`, or `from module import name as local`."""
+
+    module: str
+    name: str | None
+    local: str
+
+
+@dataclass
+class Module:
+    """A parsed module.
+
+    Attributes:
+        name: dotted, below rnnzoo. text: its source as it goes into the file.
+        definitions: name -> the statements that define or change it, in order.
+        bindings: name -> what an import gives it: a Symbol, an External, or a module's dotted name.
+        imports: modules of rnnzoo that it imports, in order.
+    """
+
+    name: str
+    text: str
+    tree: ast.Module
+    definitions: dict[str, list[ast.stmt]]
+    bindings: dict[str, Symbol | External | str]
+    imports: list[str]
+
+
+class Source:
+    """Reads and keeps modules of the installed package.
+
+    Args:
+        facts: module -> what is known of it; what it then does without is left out.
+    """
+
+    def __init__(self, facts: Callable[[str], Facts]) -> None:
+        self._facts = facts
+        self._modules: dict[str, Module] = {}
+
+    def path(self, name: str) -> Path | None:
+        """The file of a module, None where there is none."""
+        place = ROOT.joinpath(*name.split("."))
+        return next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file()), None)
+
+    def module(self, name: str) -> Module:
+        """The module of a dotted name below rnnzoo."""
+        if name not in self._modules:
+            self._modules[name] = self._read(name)
+        return self._modules[name]
+
+    def resolve(self, module: str, name: str) -> Symbol | External | str | None:
+        """What a module's name stands for, through re-exports; None where the module does not have it (builtins)."""
+        found = self.module(module)
+        if name in found.definitions:
+            return Symbol(module, name)
+        target = found.bindings.get(name)
+        if isinstance(target, Symbol):
+            return self.resolve(target.module, target.name)
+        return target
+
+    def _read(self, name: str) -> Module:
+        path = self.path(name)
+        assert path is not None, f"rnnzoo has no module {name}"
+        text = path.read_text(encoding="utf-8")
+        is_package = path.name == "__init__.py"
+        if name.startswith("kernels.") and is_package:
+            text = with_one_backend(text)
+        text = fold(for_running(text), self._facts(name))
+        tree = ast.parse(text)
+        module = Module(name, text, tree, {}, {}, [])
+        for statement in tree.body:
+            if not isinstance(statement, ast.FunctionDef):
+                for names in self._imports(statement):
+                    self._bind(module, names, is_package)
+        for statement in tree.body:
+            if isinstance(statement, ast.FunctionDef):
+                for names in self._imports(statement):
+                    self._bind(module, names, is_package)
+            for target in _defined(statement):
+                module.definitions.setdefault(target, []).append(statement)
+        return module
+
+    def _imports(self, statement: ast.stmt) -> Iterator[ast.Import | ast.ImportFrom]:
+        """Imports in a statement, those inside functions and under TYPE_CHECKING too."""
+        for node in ast.walk(statement):
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and getattr(node, "module", None) != "__future__":
+                yield node
+
+    def _bind(self, module: Module, node: ast.Import | ast.ImportFrom, is_package: bool) -> None:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                whole = alias.name if alias.asname else alias.name.partition(".")[0]
+                module.bindings[alias.asname or whole] = External(whole, None, alias.asname or whole)
+            return
+        for alias in node.names:
+            local = alias.asname or alias.name
+            if not node.level:
+                module.bindings.setdefault(local, External(node.module or "", alias.name, local))
+                continue
+            base = module.name.split(".")
+            base = base[: len(base) - node.level + int(is_package)]
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            source = SUBSTITUTES.get(source, source)
+            inner = f"{source}.{alias.name}"
+            is_module = self.path(inner) is not None
+            module.bindings.setdefault(local, inner if is_module else Symbol(source, alias.name))
+            module.imports.append(inner if is_module else source)
+
+
+def _defined(statement: ast.stmt) -> set[str]:
+    """Names that a top-level statement defines or changes; none for imports and texts."""
+    if isinstance(statement, (ast.Import, ast.ImportFrom, ast.If)):
+        return set()
+    if isinstance(statement, ast.Expr):
+        call = statement.value
+        # A call for its effect belongs to what it is called with.
+        return {a.id for a in call.args if isinstance(a, ast.Name)} if isinstance(call, ast.Call) else set()
+    return bound_names([statement]) - {"__all__"}
