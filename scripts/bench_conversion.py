@@ -1,4 +1,4 @@
-"""The figures of the README: conversions of one teacher, all on the same text, tokens and seed, then measured.
+"""The figures of docs/results.md: conversions of one teacher, all on the same text, tokens and seed, then measured.
 
     python scripts/bench_conversion.py --data PROSE_FOLDER --text TEST.txt --books BOOKS.jsonl.gz --out bench
 

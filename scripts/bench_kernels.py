@@ -1,4 +1,4 @@
-"""The figures of the kernels in the README: each against what it has to beat, in one run on this machine.
+"""The figures of the kernels in docs/results.md: each against what it has to beat, in one run on this machine.
 
     python scripts/bench_kernels.py --out bench            # the table; peers that are not installed are left out
     python scripts/bench_kernels.py --check                # and exit 1 where a figure is missed

@@ -16,7 +16,7 @@ __all__ = ["sections"]
 
 def sections() -> str:
     """A section for every command: usage, what it does, arguments and options."""
-    with click.Context(rnnzoo, info_name="rnnzoo") as root:
+    with click.Context(rnnzoo, info_name="rnnzoo", **rnnzoo.context_settings) as root:
         return "\n\n".join(_section(root, name) for name in COMMANDS) + "\n"
 
 
@@ -46,5 +46,6 @@ def _help(text: str) -> str:
 
 
 def _options(command: click.Command, context: click.Context) -> str:
+    """Arguments stand in the usage, and the text above explains them."""
     records = [record for parameter in command.get_params(context) if (record := parameter.get_help_record(context))]
-    return table(["option", ""], [[f"`{names}`", escape(said)] for names, said in records])
+    return table(["option", ""], [[f"`{names}`", escape(said)] for names, said in records if said])
