@@ -170,6 +170,14 @@ def _tokenizer(name: str | None) -> Any:
         raise RnnzooError(f"{name} holds no tokenizer, as a folder or on the Hub: {reason}") from error
 
 
+def _public_name(tokenizer: str | None) -> str:
+    """What results.json and the card call it: of a folder its name, because its path is this machine's own."""
+    if tokenizer is None:
+        return "bytes"
+    path = Path(tokenizer).expanduser()
+    return path.resolve().name if path.is_dir() else tokenizer
+
+
 class RowsTrainer(Trainer):
     """Packed rows to batches, weight decay for matrices alone."""
 
@@ -335,6 +343,8 @@ class _Job:
                 trainer.remove_callback(callback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         measured = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        if not measured:  # a run too short for any on the way
+            measured = [trainer.evaluate()["eval_loss"]]
         trainer.save_model(str(folder / "model"))  # gathers what is spread over devices
         if self.main:
             self._finish(folder, cls, measured)
@@ -383,7 +393,7 @@ class _Job:
         results["training"] = {name: value for name, value in record.items() if name != "name"} | {
             "seed": self.settings.seed,
             "settings": dataclasses.asdict(self.settings),
-            "tokenizer": self.run.request["tokenizer"] or "bytes",
+            "tokenizer": _public_name(self.run.request["tokenizer"]),
             "hardware": f"{torch.get_num_threads()} threads, {platform.machine()}",
             "data": {"training": self.rows.record(), "evaluation": held_out},
             "energy": energy_record(self.run.folder),

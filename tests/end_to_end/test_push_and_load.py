@@ -73,6 +73,7 @@ def test_an_adapter_is_pushed_and_loaded_on_its_base(hub, push, small_model, tmp
     assert not torch.allclose(here, plain, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_was_pushed_with_its_code_loads_without_rnnzoo(hub, push, small_model, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in small_model.rglob("*")}
     push(small_model, "--code")

@@ -70,7 +70,7 @@ def commands(folder, tmp_path):
         ("plan", str(folder)),
         ("convert", str(folder), "--recipe", "supra", "--out", out, "--data", text, *small),
         ("import", str(folder), "--as", "transformer", "--out", out),
-        ("train", "--arch", "mingru", "--tokenizer", str(folder), "--data", text, "--out", out, "--steps", "2", *tiny),
+        ("train", "--arch", "mingru", "--tokenizer", str(folder), "--data", text, "--out", out, "--steps", "1", *tiny),
     ]
 
 
