@@ -30,8 +30,10 @@ COMMANDS = {
     "import": "Take in a checkpoint of another implementation.",
     "export": "Write a model as another implementation's checkpoint.",
     "card": "Write the model card from what was measured.",
+    "save": "Copy a model, with its code on request.",
     "push": "Upload a model to the Hub, with card and code.",
     "generate": "Continue a prompt, or answer it, as a stream of text.",
+    "demo": "A local page: the model at work beside its teacher.",
     "bench": "Time the kernels against what else is installed.",
     "env": "Versions, devices, and why each kernel backend is (not) chosen.",
 }

@@ -13,21 +13,19 @@ from .folding import Facts
 if TYPE_CHECKING:
     from ..zoo.core.configuration import RecurrentConfig
 
-__all__ = ["Features", "known_features", "unused_features"]
+__all__ = ["Features", "complete", "known_features", "unused_features"]
 
 STATEFUL = """\
     # generate() refuses assisted decoding, which needs a cache that rolls back: rnnzoo has one.
     _is_stateful = True
 """
 # Rollback, which assisted decoding needs, keeps the inputs of every layer and runs them again.
+RECORDING = frozenset({"begin_recording", "record", "end_recording"})
+CROPPING = frozenset({"activate_past_recording", "crop", "_expect_whole_prefixes", "_replay"})
 ROLLBACK = {
     "zoo.core.cache": Facts(
         values={"self._checkpoint": None, "self._calls": (), "self.recording": False},
-        members=frozenset(
-            f"RecurrentCache.{name}"
-            for name in ("begin_recording", "record", "end_recording", "activate_past_recording", "crop")
-            + ("_expect_whole_prefixes", "_replay")
-        ),
+        members=frozenset(f"RecurrentCache.{name}" for name in RECORDING | CROPPING),
         targets=frozenset(
             {"self.recording", "self._checkpoint", "self._calls", "self._model", "self._checkpoint, self._calls"}
         ),
@@ -36,7 +34,7 @@ ROLLBACK = {
         values={"cache.recording": False},
         members=frozenset({"RecurrentModel.replay", "RecurrentBlock.advance"}),
         rewritten={"RecurrentPreTrainedModel._is_stateful": STATEFUL},
-        calls=frozenset({"begin_recording", "record", "end_recording"}),
+        calls=RECORDING,
     ),
     "zoo.core.generation": Facts(values={"generation_config.is_assistant": False}),
 }
@@ -46,15 +44,14 @@ MANY = {
     "kernels.gated_linear_attention.linear_part": Facts(values={"time == 1": False, "weights.shape[-1] == 1": True}),
     "kernels.gated_linear_attention.state": Facts(members=frozenset({"WindowState.select"})),
 }
+LINEAR = tuple("kernels.gated_linear_attention" + part for part in ("", ".chunked", ".linear_part"))
 WINDOW = {"kernels.gated_linear_attention": Facts(values={"window": None})}
 WINDOW["kernels.gated_linear_attention.chunked"] = WINDOW["kernels.gated_linear_attention"]
-BONUS = {
-    module: Facts(values={"bonus": None})
-    for module in ("zoo.core.recurrences", "kernels.gated_linear_attention", "kernels.gated_linear_attention.chunked")
-    + ("kernels.gated_linear_attention.linear_part",)
-}
+BONUS = {module: Facts(values={"bonus": None}) for module in ("zoo.core.recurrences", *LINEAR)}
 NORMALIZE = {module: Facts(values={"normalize": False}) for module in BONUS}
-NORMALIZE["zoo.core.linear"] = Facts({"normalize": False, "self.normalize": False}, targets=frozenset({"self.normalize"}))
+NORMALIZE["zoo.core.linear"] = Facts(
+    {"normalize": False, "self.normalize": False}, targets=frozenset({"self.normalize"})
+)
 ROTARY = {
     "zoo.core.modeling": Facts(values={"rotary": None}, targets=frozenset({"rotary", "self.rotary"})),
     "zoo.core.mixer": Facts(rewritten={"Context.rotary": "    rotary: None\n"}),
@@ -70,6 +67,26 @@ PREFIX = {
     "zoo.core.generation": Facts(members=frozenset({"RecurrentGenerationMixin.prepare_inputs_for_generation"})),
     "zoo.core.mixer": Facts(members=frozenset({"Mixer.columns", "MixerState.reorder"})),
 }
+
+
+# config.json holds what a configuration derives, and has been checked. (layer_types: transformers makes defaults, too.)
+DERIVED = ("num_attention_heads", "head_dim", "num_key_value_heads", "intermediate_size")
+
+
+def complete(config: RecurrentConfig) -> dict[str, Facts]:
+    """That config.json gives every size, so that nothing is to be derived or checked."""
+    from ..zoo.core.registry import CONFIGS
+
+    core = Facts(
+        values={f"self.{name} is None": False for name in DERIVED},
+        members=frozenset({"RecurrentConfig.derive", "RecurrentConfig.validate_architecture"}),
+        calls=frozenset({"derive"}),
+    )
+    known = {"zoo.core.configuration": core}
+    for cls in CONFIGS.values():
+        own = frozenset(f"{cls.__name__}.{name}" for name in ("derive", "validate_architecture"))
+        known[cls.__module__.partition(".")[2]] = Facts(members=own)
+    return known
 
 
 # Fields that a user may change after loading.
@@ -110,7 +127,7 @@ def known_features(config: RecurrentConfig) -> Features:
     from ..zoo.core.configuration import RecurrentConfig
     from ..zoo.core.registry import config_class
 
-    classes = [RecurrentConfig, *map(config_class, [*config.layer_types, config.channel_mixer, config.mixer])]
+    classes = [RecurrentConfig, *map(config_class, [*_kinds(config), config.channel_mixer, config.mixer])]
     names = {field.name for cls in classes if cls is not None for field in fields(cls)} - FREE
     names -= {field.name for field in fields(PreTrainedConfig)} - {"channel_mixer"}
     values = {name: getattr(config, name) for name in sorted(names)}
@@ -119,9 +136,13 @@ def known_features(config: RecurrentConfig) -> Features:
     if config.rope_parameters is None or config.rope_parameters.get("rope_type", "default") == "default":
         features = features.without(PLAIN_ROTARY)
     features = features.without({"zoo.core.modeling": _block(config), "zoo.core.layers": _norm(config)})
-    if "hedgehog" in config.layer_types:
+    if "hedgehog" in _kinds(config):
         return features.without({"zoo.hedgehog.modeling_hedgehog": _hedgehog(config)} | MANY)
     return features.without(WINDOW)
+
+
+def _kinds(config: RecurrentConfig) -> list[str]:
+    return list(dict.fromkeys(config.layer_types or []))
 
 
 def unused_features(code: str) -> dict[str, Facts]:
@@ -145,7 +166,9 @@ UNUSED = (
 
 def _block(config: RecurrentConfig) -> Facts:
     """Options of a block and of the model around it."""
-    facts = Facts(values={"self.parallel_residual": config.parallel_residual}, targets=frozenset({"self.parallel_residual"}))
+    facts = Facts(
+        values={"self.parallel_residual": config.parallel_residual}, targets=frozenset({"self.parallel_residual"})
+    )
     if config.channel_mixer == "mlp" or config.intermediate_size == 0:
         values = {"self.has_states": False, "isinstance(state, BlockState)": False}
         facts |= Facts(values=values, targets=frozenset({"self.has_states"}))

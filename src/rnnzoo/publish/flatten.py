@@ -7,16 +7,17 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from .model_source import first_paragraph, with_short_docstrings
+from .model_source import with_short_docstrings
 from .modules import External, Module, Source, Symbol
 from .reflow import reflow
-from .scopes import Reference, references
+from .scopes import Reference
 from .source_edits import Edit, Offsets, apply, lines_of, replacing
 
 __all__ = ["DETAILS", "Flat", "flatten"]
 
-DETAILS = ("full", "paragraph", "sentence", "public")
-"""How much of the docstrings stays, from most to least; "public": a sentence, where a name has no underscore."""
+DETAILS = ("full", "paragraph", "sentence", "public", "compact")
+"""How much of the docstrings stays, from most to least; "public": a sentence, where a name has no underscore;
+"compact": so, and one empty line between definitions."""
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Flat:
             detail: of the docstrings, one of DETAILS.
         """
         parts = [self.module_text(module, detail) for module in self.modules]
-        return "\n\n".join(part for part in parts if part)
+        return ("\n" if detail == "compact" else "\n\n").join(part for part in parts if part)
 
     def imports(self) -> str:
         """Import statements, one for each module."""
@@ -66,14 +67,15 @@ class Flat:
             code = self._statement_text(module, statement, offsets)
             code = reflow(code if detail == "full" else with_short_docstrings(code, detail))
             small = before is not None and _is_small(before) and _is_small(statement)
-            parts.append(("" if small else "\n\n") + code.strip("\n") + "\n")
+            apart = "\n" if detail == "compact" else "\n\n"
+            parts.append(("" if small else apart) + code.strip("\n") + "\n")
         return self._heading(module, detail) + "".join(parts).lstrip("\n")
 
     def _heading(self, module: Module, detail: str) -> str:
         path = module.name.replace(".", "/")
         about = (ast.get_docstring(module.tree) or "").strip()
         # The equations of the recurrences are in the modules' docstrings.
-        if detail == DETAILS[-1]:  # the equations
+        if detail in ("public", "compact"):  # the equations
             about = "\n\n".join(about.split("\n\n")[:2])
         about = about if detail == "full" or _is_mixer(module) else ""
         lines = [f"# {line}".rstrip() for line in about.splitlines()]
@@ -85,7 +87,7 @@ class Flat:
 
     def _statement_text(self, module: Module, statement: ast.stmt, offsets: Offsets) -> str:
         edits = [Edit(*lines_of(s, offsets), "") for s in _inner_imports(statement)]
-        for reference in references(statement):
+        for reference in module.references(statement):
             target, node = self._target(module, reference)
             if not isinstance(target, Symbol):
                 continue
@@ -134,7 +136,7 @@ class Flat:
             self.symbols[symbol] = None
             module = self.source.module(symbol.module)
             for statement in module.definitions[symbol.name]:
-                for reference in references(statement):
+                for reference in module.references(statement):
                     target, _ = self._target(module, reference)
                     if isinstance(target, Symbol) and reference.annotation is None:
                         waiting.append(target)

@@ -49,6 +49,8 @@ class Facts:
 
 def fold(text: str, facts: Facts) -> str:
     """The source under the facts."""
+    if facts == Facts():
+        return text
     tree = ast.parse(text)
     folder = _Folder(facts, text, Offsets(text))
     return apply(text, [edit for statement in tree.body for edit in folder.statement(statement, "")])
@@ -61,13 +63,16 @@ class _Folder:
     offsets: Offsets
     tests: set[ast.expr] = field(default_factory=set)  # of which only the truth counts
 
+    def __post_init__(self) -> None:
+        self.attributes = {key.rpartition(".")[2] for key in self.facts.values}
+        self.has_longer = any(not key.replace(".", "").isidentifier() for key in self.facts.values)
+
     def value(self, node: ast.AST) -> Any:
         """What an expression always is, or UNKNOWN."""
         if isinstance(node, ast.Constant):
             return node.value
-        if isinstance(node, ast.expr) and isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
-            if (known := self.facts.values.get(ast.unparse(node), UNKNOWN)) is not UNKNOWN:
-                return known
+        if self._may_be_known(node) and (known := self.facts.values.get(ast.unparse(node), UNKNOWN)) is not UNKNOWN:
+            return known
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             value = self.value(node.operand)
             return value if value is UNKNOWN else not value
@@ -81,8 +86,16 @@ class _Folder:
             return UNKNOWN if test is UNKNOWN else self.value(node.body if test else node.orelse)
         return UNKNOWN
 
+    def _may_be_known(self, node: ast.AST) -> bool:
+        """A quick look before an expression is written out."""
+        if isinstance(node, ast.Name):
+            return node.id in self.facts.values and isinstance(node.ctx, ast.Load)
+        if isinstance(node, ast.Attribute):
+            return node.attr in self.attributes and isinstance(node.ctx, ast.Load)
+        return isinstance(node, (ast.Compare, ast.Call)) and self.has_longer
+
     def _decided(self, node: ast.BoolOp) -> Any:
-        """What `and` or `or` gives; of an operand that decides later than an unknown one, where all before are booleans."""
+        """What `and` or `or` gives, also if an operand decides after an unknown one, where that is a boolean."""
         decides = isinstance(node.op, ast.Or)
         exact = True
         for part in node.values:
@@ -128,7 +141,7 @@ class _Folder:
         ]
 
     def _call(self, node: ast.Call) -> list[Edit]:
-        """A call without the arguments that are known; those of a class, whose fields stay, only where they are named."""
+        """Without the arguments that are known; those of a class, whose fields stay, only where they are named."""
         gone: list[ast.AST] = [
             k for k in node.keywords if k.arg in self.facts.values and self.value(k.value) is not UNKNOWN
         ]
@@ -142,12 +155,13 @@ class _Folder:
         left = [
             (key, value)
             for key, value in pairs
-            if not (isinstance(key, ast.Constant) and key.value in self.facts.values)
-            or self.value(value) is UNKNOWN
+            if not (isinstance(key, ast.Constant) and key.value in self.facts.values) or self.value(value) is UNKNOWN
         ]
         if len(left) == len(pairs):
             return None
-        return [f"{self.render(key)}: {self.render(value)}" if key else f"**{self.render(value)}" for key, value in left]
+        return [
+            f"{self.render(key)}: {self.render(value)}" if key else f"**{self.render(value)}" for key, value in left
+        ]
 
     def _comma_before(self, place: int) -> int:
         before = self.text[:place].rstrip()

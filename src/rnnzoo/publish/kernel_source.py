@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from typing import Any
 
 from .source_edits import Edit, Offsets, apply, docstring_of, lines_of, replacing, span_of
 
@@ -15,7 +16,8 @@ DISPATCHES = ("dispatch", "dispatch_alike")
 
 def with_one_backend(text: str, backend: str = "chunked") -> str:
     """The source of `kernels/<operation>/__init__.py` with `run(<the backend's function>, ...)` for each dispatch."""
-    tree, offsets = ast.parse(text), Offsets(text)
+    tree: Any = ast.parse(text)
+    offsets = Offsets(text)
     edits, imports = [], {}
     for statement in tree.body:
         if _is_call(statement, "register"):
@@ -34,24 +36,24 @@ def with_one_backend(text: str, backend: str = "chunked") -> str:
     return apply(text, edits) + "".join(lines)
 
 
-def _is_call(statement: ast.stmt, name: str) -> bool:
+def _is_call(statement: Any, name: str) -> bool:
     call = statement.value if isinstance(statement, (ast.Expr, ast.Return)) else None
     return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == name
 
 
-def _implementation(tree: ast.Module, importer: str) -> tuple[str, str]:
+def _implementation(tree: Any, importer: str) -> tuple[str, str]:
     """Module, as the import says it, and name of what `def importer(): from module import name; return name` gives."""
     function = next(s for s in tree.body if isinstance(s, ast.FunctionDef) and s.name == importer)
     statement = next(s for s in function.body if isinstance(s, ast.ImportFrom))
     return "." * statement.level + (statement.module or ""), statement.names[0].name
 
 
-def _dispatched(function: ast.FunctionDef) -> str | None:
+def _dispatched(function: Any) -> str | None:
     last = function.body[-1]
     return last.value.args[0].value if any(_is_call(last, name) for name in DISPATCHES) else None
 
 
-def _direct(function: ast.FunctionDef, implementation: str, offsets: Offsets) -> list[Edit]:
+def _direct(function: Any, implementation: str, offsets: Offsets) -> list[Edit]:
     """Edits that make a public function call its implementation."""
     docstring = docstring_of(function)
     *body, last = [s for s in function.body if s is not docstring]
@@ -74,7 +76,7 @@ def _text(node: ast.expr, offsets: Offsets) -> str:
     return "".join(offsets.lines)[start:stop]
 
 
-def _items(dictionary: ast.expr, body: list[ast.stmt]) -> dict[str, ast.expr]:
+def _items(dictionary: Any, body: list[Any]) -> dict[str, ast.expr]:
     """Keys and values of a dictionary of arguments: a literal, a union of them, or a name that the statements fill."""
     if isinstance(dictionary, ast.BinOp):
         return _items(dictionary.left, body) | _items(dictionary.right, body)
@@ -102,7 +104,7 @@ def _is_check(statement: ast.stmt) -> bool:
     return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and bool(CHECKS.fullmatch(call.func.id))
 
 
-def _without_idle(body: list[ast.stmt], call: ast.expr) -> list[ast.stmt]:
+def _without_idle(body: list[Any], call: ast.expr) -> list[Any]:
     """The statements but those that set what nobody reads any more."""
 
     def names(nodes, context) -> set[str]:

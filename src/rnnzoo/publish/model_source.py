@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
+from typing import Any
 
 from .source_edits import Edit, Offsets, apply, docstring_of, lines_of, replacing
 
@@ -17,28 +18,25 @@ ATTRIBUTES = {"sizes", "kernel", "complexity"}
 
 def for_running(text: str) -> str:
     """The module without conversion, and with classes where it calls `model_classes`."""
-    tree, offsets = ast.parse(text), Offsets(text)
+    tree: Any = ast.parse(text)
+    offsets = Offsets(text)
     edits = []
     for statement in tree.body:
         if isinstance(statement, ast.ClassDef):
             edits += [Edit(*lines_of(s, offsets), "") for s in statement.body if _is_dropped(statement, s)]
         elif isinstance(statement, ast.Assign) and "model_classes(" in ast.unparse(statement.value):
-            names = [element.id for element in statement.targets[0].elts]
-            classes = _class_imports(tree) + _classes(names, statement.value.args[0].id)
-            edits.append(replacing(statement, classes, offsets))
+            edits.append(replacing(statement, _class_imports(tree) + _classes(statement), offsets))
     return apply(text, edits)
 
 
-def _is_dropped(owner: ast.ClassDef, statement: ast.stmt) -> bool:
+def _is_dropped(owner: ast.ClassDef, statement: Any) -> bool:
     if isinstance(statement, ast.FunctionDef):
         return bool({statement.name, f"{owner.name}.{statement.name}"} & METHODS)
     if isinstance(statement, ast.Assign):
-        return isinstance(statement.targets[0], ast.Name) and statement.targets[0].id in ATTRIBUTES
-    # A dataclass may have fields of these names; these are none.
-    is_field = isinstance(statement, ast.AnnAssign) and "ClassVar" not in ast.unparse(statement.annotation)
-    if isinstance(statement, ast.AnnAssign) and owner.name in ("Mixer", "RecurrentConfig"):
-        return statement.target.id in ATTRIBUTES
-    return isinstance(statement, ast.AnnAssign) and not is_field and statement.target.id in ATTRIBUTES
+        return ast.unparse(statement.targets[0]) in ATTRIBUTES
+    # Elsewhere an annotated name may be the field of a dataclass.
+    declares = isinstance(statement, ast.AnnAssign) and owner.name in ("Mixer", "RecurrentConfig")
+    return declares and ast.unparse(statement.target) in ATTRIBUTES
 
 
 BASES = {
@@ -48,16 +46,18 @@ BASES = {
 }
 
 
-def _classes(names: list[str], config: str) -> str:
-    """What `model_classes` makes, as statements."""
-    stem = config.removesuffix("Config")
+def _classes(assignment: Any) -> str:
+    """`XModel, ... = model_classes(XConfig)` as classes."""
+    config = assignment.value.args[0].id
+    names, stem = [element.id for element in assignment.targets[0].elts], config.removesuffix("Config")
     parts = [f"class {name}({BASES[name.removeprefix(stem)]}):\n    config_class = {config}\n" for name in names]
     return "\n\n".join(parts)
 
 
 def _class_imports(tree: ast.Module) -> str:
     """The import of the bases, from where the module has `model_classes`."""
-    found = next(s for s in tree.body if isinstance(s, ast.ImportFrom) and s.names[0].name == "model_classes")
+    imports = [s for s in tree.body if isinstance(s, ast.ImportFrom)]
+    found = next(s for s in imports if any(alias.name == "model_classes" for alias in s.names))
     return f"from {'.' * found.level}{found.module} import {', '.join(BASES.values())}\n"
 
 
@@ -71,7 +71,7 @@ def first_paragraph(docstring: str) -> str:
 def first_sentence(docstring: str) -> str:
     """The docstring up to the first period or colon that ends a clause, on one line where it fits."""
     paragraph = " ".join(first_paragraph(docstring).split())
-    return re.split(r"(?<=\.)\s|[:;]\s", paragraph)[0].rstrip(".") + "."
+    return re.split(r"(?<!al)\.\s(?=[A-Z])|[:;]\s", paragraph)[0].rstrip(".") + "."
 
 
 def with_short_docstrings(text: str, detail: str) -> str:
@@ -81,9 +81,9 @@ def with_short_docstrings(text: str, detail: str) -> str:
     edits = []
     for node in ast.walk(tree):
         docstring = docstring_of(node)
-        if docstring is None or isinstance(node, ast.Module):
+        if docstring is None or not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             continue
-        if detail == "public" and node.name.startswith("_") and len(node.body) > 1:
+        if detail in ("public", "compact") and node.name.startswith("_") and len(node.body) > 1:
             edits.append(Edit(*lines_of(docstring, offsets), ""))
             continue
         short = shortened(docstring.value.value)

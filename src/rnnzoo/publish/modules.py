@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .folding import Facts, fold
 from .kernel_source import with_one_backend
 from .model_source import for_running
-from .scopes import bound_names
+from .scopes import Reference, bound_names, references
 
 __all__ = ["External", "Module", "Source", "Symbol"]
 
@@ -58,6 +59,13 @@ class Module:
     definitions: dict[str, list[ast.stmt]]
     bindings: dict[str, Symbol | External | str]
     imports: list[str]
+    _references: dict[ast.stmt, list[Reference]] = field(default_factory=dict)
+
+    def references(self, statement: ast.stmt) -> list[Reference]:
+        """Uses of the module's names in one of its statements."""
+        if statement not in self._references:
+            self._references[statement] = references(statement)
+        return self._references[statement]
 
 
 class Source:
@@ -95,11 +103,8 @@ class Source:
     def _read(self, name: str) -> Module:
         path = self.path(name)
         assert path is not None, f"rnnzoo has no module {name}"
-        text = path.read_text(encoding="utf-8")
         is_package = path.name == "__init__.py"
-        if name.startswith("kernels.") and is_package:
-            text = with_one_backend(text)
-        text = fold(for_running(text), self._facts(name))
+        text = fold(_prepared(path, name.startswith("kernels.") and is_package), self._facts(name))
         tree = ast.parse(text)
         module = Module(name, text, tree, {}, {}, [])
         for statement in tree.body:
@@ -150,3 +155,10 @@ def _defined(statement: ast.stmt) -> set[str]:
         # A call for its effect belongs to what it is called with.
         return {a.id for a in call.args if isinstance(a, ast.Name)} if isinstance(call, ast.Call) else set()
     return bound_names([statement]) - {"__all__"}
+
+
+@functools.cache
+def _prepared(path: Path, is_kernel: bool) -> str:
+    """A module's source for running models, whatever their configuration."""
+    text = path.read_text(encoding="utf-8")
+    return for_running(with_one_backend(text) if is_kernel else text)

@@ -16,16 +16,18 @@ def reflow(text: str) -> str:
     """The source with its broken logical lines packed; those with comments or long strings inside stay as they are."""
     lines = text.splitlines()
     done, next_line = [], 0
-    for first, last in _broken_lines(text):
+    for first, last in _broken_lines(text, lines):
         done += lines[next_line:first]
         done += _packed(lines[first : last + 1])
         next_line = last + 1
+    if not done:
+        return text
     result = "\n".join([*done, *lines[next_line:]]) + "\n"
     assert ast.dump(ast.parse(result)) == ast.dump(ast.parse(text)), "packing lines has changed what they say"
     return result
 
 
-def _broken_lines(text: str) -> list[tuple[int, int]]:
+def _broken_lines(text: str, lines: list[str]) -> list[tuple[int, int]]:
     """First and last line, from 0, of each logical line that may be packed."""
     found, first, packable = [], None, True
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -35,7 +37,7 @@ def _broken_lines(text: str) -> list[tuple[int, int]]:
             packable = packable and first is None
             continue
         if token.type == tokenize.NEWLINE:
-            long = first is not None and len(text.splitlines()[first]) > WIDTH
+            long = first is not None and len(lines[first]) > WIDTH
             if first is not None and packable and (token.end[0] - 1 > first or long):
                 found.append((first, token.end[0] - 1))
             first, packable = None, True

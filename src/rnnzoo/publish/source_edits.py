@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Edit", "apply", "docstring_of", "lines_of", "replacing", "span_of"]
 
@@ -42,16 +43,16 @@ class Offsets:
         return self.starts[line - 1] + len(content)
 
 
-def span_of(node: ast.AST, offsets: Offsets) -> tuple[int, int]:
+def span_of(node: Any, offsets: Offsets) -> tuple[int, int]:
     """First character and the one after the last of an expression or statement, without its decorators."""
     return offsets.at(node.lineno, node.col_offset), offsets.at(node.end_lineno, node.end_col_offset)
 
 
-def replacing(node: ast.AST, text: str, offsets: Offsets) -> Edit:
+def replacing(node: Any, text: str, offsets: Offsets) -> Edit:
     return Edit(*span_of(node, offsets), text)
 
 
-def lines_of(statement: ast.stmt, offsets: Offsets) -> tuple[int, int]:
+def lines_of(statement: Any, offsets: Offsets) -> tuple[int, int]:
     """The whole lines of a statement, with its decorators and the comments directly above."""
     decorators = getattr(statement, "decorator_list", [])
     first = min([statement.lineno, *(d.lineno for d in decorators)]) - 1
@@ -60,8 +61,8 @@ def lines_of(statement: ast.stmt, offsets: Offsets) -> tuple[int, int]:
     return offsets.starts[first], offsets.starts[statement.end_lineno]
 
 
-def docstring_of(node: ast.AST) -> ast.Expr | None:
-    """The docstring's statement of a module, class or function."""
+def docstring_of(node: ast.AST) -> Any:
+    """The docstring's statement of a module, class or function; None where it has none."""
     body = getattr(node, "body", None)
     first = body[0] if isinstance(body, list) and body else None
     is_text = (

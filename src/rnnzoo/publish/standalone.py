@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..kernels.errors import RnnzooError
-from .features import known_features, unused_features
+from .features import complete, known_features, unused_features
 from .flatten import DETAILS, Flat, flatten
 from .modules import Source, Symbol
 
@@ -95,6 +95,8 @@ def standalone_code(config: RecurrentConfig) -> str:
     flat = flatten(Source(features.of), roots)
     text = ""
     for detail in DETAILS:
+        if detail == "compact":
+            flat = flatten(Source(features.without(complete(config)).of), roots)
         text = _whole(flat, config, detail)
         if text.count("\n") <= LINE_LIMIT:
             break
@@ -105,7 +107,7 @@ def _whole(flat: Flat, config: RecurrentConfig, detail: str) -> str:
     """Header, imports and code."""
     from .. import __version__
 
-    names = ", ".join(dict.fromkeys(config.layer_types))
+    names = ", ".join(dict.fromkeys(config.layer_types or []))
     header = HEADER.format(names=names, version=__version__)
     return f"{header}\nfrom __future__ import annotations\n\n{flat.imports()}\n\n{flat.text(detail)}"
 
@@ -119,7 +121,7 @@ def _roots(config: RecurrentConfig) -> list[Symbol]:
     """What the file is for: the configuration, its mixers with theirs, and the models."""
     from ..zoo.core.registry import channel_mixer_class, config_class, mixer_class
 
-    kinds = list(dict.fromkeys(config.layer_types))
+    kinds = list(dict.fromkeys(config.layer_types or []))
     channel_mixers = [] if config.channel_mixer == "mlp" else [config.channel_mixer]
     classes: list[Any] = [mixer_class(kind) for kind in kinds]
     if config.intermediate_size:

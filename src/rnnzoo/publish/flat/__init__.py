@@ -1,1 +1,1 @@
-"""What takes the place of modules of rnnzoo in the flat copy of a model's code, where there is one backend and no zoo."""
+"""What takes the place of modules of rnnzoo in a model's flat code, where there is one backend and no zoo."""

@@ -1,4 +1,4 @@
-"""The loss of a linear head without all logits in memory. Stands for `kernels/losses`, which forms gradients at once."""
+"""The loss of a linear head without all logits in memory. Stands for `kernels/losses`, which is faster."""
 
 from __future__ import annotations
 

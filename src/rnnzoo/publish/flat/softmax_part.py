@@ -58,7 +58,7 @@ def _head(window: Window, v: Tensor, state: WindowState | None, starts: Tensor |
 
     sink_step = starts[..., None] + torch.arange(window.sinks, device=device)
     far_q = q if window.q_sink is None else window.q_sink[:, :, own]
-    far_k, far_v = (_sinks(x, sink_step, state and ring[:, head]) for x, ring in _pairs(k, v, state))
+    far_k, far_v = (_sinks(x, sink_step, None if ring is None else ring[:, head]) for x, ring in _pairs(k, v, state))
     far = torch.einsum("btgd,btsd->btgs", far_q, far_k).to(dtype) * scale
     unseen = sink_step > torch.arange(time, device=device)[:, None]
     far = far.masked_fill(unseen[:, :, None], torch.finfo(dtype).min)
