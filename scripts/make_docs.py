@@ -28,14 +28,12 @@ try:
     from mkdocs.plugins import event_priority
 except ImportError:  # not installed: the pages can still be written
 
-    def event_priority(_: float) -> Callable[[Any], Any]:
+    def event_priority(priority: float) -> Callable[[Any], Any]:
         return lambda function: function
 
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")  # an advertisement of the theme's authors
 
 MARK = re.compile(r"^<!-- (generated|include): (\S+) -->$", re.MULTILINE)
 
@@ -144,8 +142,10 @@ def main() -> int:
         write(options.write)
         return 0
     command = ["serve"] if options.serve else ["build", "--strict", "--clean", "--site-dir", str(options.out)]
-    # Run as a module of this Python: the pages are made with what is installed in it.
-    return subprocess.run([sys.executable, "-m", "mkdocs", *command], cwd=ROOT).returncode
+    # Run as a module of this Python: the pages are made with what is installed in it. No page needs the Hub; the other
+    # variable silences an advertisement of the theme's authors.
+    environment = {"HF_HUB_OFFLINE": "1", "NO_MKDOCS_2_WARNING": "1"} | os.environ
+    return subprocess.run([sys.executable, "-m", "mkdocs", *command], cwd=ROOT, env=environment).returncode
 
 
 if __name__ == "__main__":

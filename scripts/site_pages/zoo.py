@@ -7,7 +7,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import transformers
@@ -219,7 +219,7 @@ def layer_kinds(name: str) -> list[str]:
     cls = architecture_config(name)
     configs = [cls(vocab_size=8, hidden_size=48, num_hidden_layers=4)]
     configs += [cls(**size) for size in cls.sizes.values()]
-    return list(dict.fromkeys(kind for config in configs for kind in config.layer_types))
+    return list(dict.fromkeys(kind for config in configs for kind in config.layer_types or ()))
 
 
 @functools.cache
@@ -241,8 +241,8 @@ def lora_names(name: str) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _linear_layers(modules: list[nn.Module], prefix: str) -> tuple[str, ...]:
-    named = [pair for module in modules for pair in module.named_modules()]
+def _linear_layers(modules: Sequence[nn.Module | None], prefix: str) -> tuple[str, ...]:
+    named = [pair for module in modules if module is not None for pair in module.named_modules()]
     return tuple(dict.fromkeys(f"{prefix}.{path}" for path, child in named if isinstance(child, nn.Linear)))
 
 

@@ -46,10 +46,13 @@ def box(axes: Any, x: float, y: float, w: float, h: float, colour: str, *, fill:
     """A rounded box; `fill` is the opacity of its inside."""
     from matplotlib.patches import FancyBboxPatch
 
-    style = {"boxstyle": "round,pad=0,rounding_size=0.05", "linewidth": 1.4, "linestyle": "--" if dashed else "-"}
+    def patch(**style: Any) -> None:
+        corners = "round,pad=0,rounding_size=0.05"
+        axes.add_patch(FancyBboxPatch((x, y), w, h, corners, **style))
+
     if fill:
-        axes.add_patch(FancyBboxPatch((x, y), w, h, **style | {"linewidth": 0}, facecolor=colour, alpha=fill))
-    axes.add_patch(FancyBboxPatch((x, y), w, h, **style, facecolor="none", edgecolor=colour))
+        patch(linewidth=0, facecolor=colour, alpha=fill)
+    patch(linewidth=1.4, linestyle="--" if dashed else "-", facecolor="none", edgecolor=colour)
 
 
 def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
