@@ -25,8 +25,8 @@ PHASES = {
 }
 FIRST, LAST = 16, 32768  # tokens, the ends of the chart
 
-# Gradio's own rules for text in HTML (class prose) give every element a colour and margins, hence "!important". It takes
-# the sheet apart into single properties, which loses a shorthand with a variable of which one side is overridden.
+# Gradio's own rules for text in HTML (class prose) give every element a colour and margins, hence "!important". It
+# takes the sheet apart into single properties, and loses a shorthand with a variable of which one side is overridden.
 CSS = """
 .zoo { --student: #0d9488; --teacher: #b45309; font-variant-numeric: tabular-nums; }
 .dark .zoo { --student: #2dd4bf; --teacher: #fbbf24; }

@@ -88,12 +88,12 @@ def build_page(answers: Answers) -> Any:
     title = f"{speakers[0].name} - rnnzoo"
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.HTML(drawing.heading(speakers), padding=False)
-        with gr.Row(equal_height=True):
+        with gr.Row():
             prompt = gr.Textbox(
                 label="Prompt",
                 placeholder="Ask something." if chats else "Write the beginning of a text.",
                 lines=2,
-                max_lines=12,
+                max_lines=5,
                 scale=8,
                 autofocus=True,
                 elem_id="prompt",
