@@ -48,6 +48,10 @@ def standalone_files(folder: str | Path) -> dict[str, bytes]:
     config = load_config(folder)
     written = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     written["auto_map"] = auto_map(config)
+    # Where the tokenizer alone is loaded and no code is trusted, transformers' base class reads this file, and refuses
+    # layer types that it does not know. Those of a model of one kind follow from its model_type.
+    if set(config.layer_types or []) == {config.mixer}:
+        written.pop("layer_types", None)
     text = json.dumps(written, indent=2, sort_keys=True) + "\n"
     return {CODE_FILE: standalone_code(config).encode(), "config.json": text.encode()}
 

@@ -1,0 +1,179 @@
+"""A published model loads, generates and trains where rnnzoo is not installed, from one readable file of its own."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+from rnnzoo import __version__
+from rnnzoo.kernels.dispatch import use_backend
+from rnnzoo.kernels.errors import RnnzooError
+from rnnzoo.publish.standalone import CODE_FILE, LINE_LIMIT, standalone_code, standalone_files
+from rnnzoo.zoo.core.registry import architectures
+from rnnzoo.zoo.core.sizes import architecture_config, causal_lm_class
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61}
+WINDOW = {"window_size": 5, "num_sinks": 2, "sliding_window": 6}
+# Beside every architecture by itself: hybrids with attention, and options that leave other parts of the code in use.
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "mamba2-hybrid": ("mamba2", {"layer_types": ["mamba2", "full_attention", "sliding_attention"]}),
+    "hedgehog-hybrid": ("hedgehog", {"layer_types": ["hedgehog", "full_attention", "sliding_attention"]} | WINDOW),
+    "hedgehog-packed": ("hedgehog", WINDOW | {"feature_map": "prototype", "feature_width": 4, "ring_bits": [8, 4]}),
+    "hedgehog-long": ("hedgehog", WINDOW | {"window_sizes": [[3, 7], [70, 2]], "sink_distance": 9, "head_dim": 16}),
+    "gla-bare": ("gla", {"norm_type": "layer", "logit_cap": 5.0, "embedding_scale": 2.0, "qk_norm": True}),
+}
+VARIANTS["mamba2-hybrid"][1].update(sliding_window=6, num_hidden_layers=3)
+VARIANTS["hedgehog-hybrid"][1].update(num_hidden_layers=3)
+VARIANTS["hedgehog-long"][1].update(num_attention_heads=2)
+NAMES = (*architectures(), *VARIANTS)
+SAVED_AGAIN = ("mamba2-hybrid", "hedgehog-hybrid", "transformer")
+
+
+def config_of(name: str):
+    architecture, fields = VARIANTS.get(name, (name, {}))
+    return architecture_config(architecture)(**(SIZES | fields))
+
+
+def calls() -> dict[str, dict]:
+    """Arguments of calls: plain, with padding on either side, and with packed documents."""
+    ids = torch.randint(0, 61, (2, 70), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = mask[1, 60:] = 0
+    documents = torch.tensor([[0] * 8 + [1] * 30 + [2] * 32, [0] * 69 + [1]])
+    return {
+        "plain": {"input_ids": ids},
+        "padded": {"input_ids": ids, "attention_mask": mask},
+        "packed": {"input_ids": ids, "seq_ids": documents},
+    }
+
+
+def write_model(folder: Path, name: str) -> None:
+    """A tiny model with its code, and what rnnzoo makes of some tokens with it."""
+    torch.manual_seed(0)
+    config = config_of(name)
+    model = causal_lm_class(config.mixer)(config).eval()
+    with torch.no_grad():  # what starts at zero would hide mistakes
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    model.save_pretrained(folder)
+    for file, content in standalone_files(folder).items():
+        (folder / file).write_bytes(content)
+    with use_backend("chunked"), torch.no_grad():
+        logits = {kind: model(**call).logits for kind, call in calls().items()}
+        ids = calls()["plain"]["input_ids"]
+        loss = model(ids, labels=ids).loss.item()
+    torch.save({"calls": calls(), "logits": logits, "loss": loss}, folder / "expected.pt")
+    if name in SAVED_AGAIN:
+        (folder / "again").touch()
+
+
+def strangers(root: Path, *arguments: str, **environment: str) -> dict:
+    """What a process without rnnzoo makes of the models in a folder."""
+    script = Path(__file__).with_name("without_rnnzoo.py")
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("RNNZOO", "PYTHONPATH"))}
+    variables |= {"HF_HOME": str(root / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, "-I", str(script), str(root), *arguments]
+    done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((root / "outcome.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("published")
+    for name in NAMES:
+        write_model(root / "models" / name, name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def outcome(root) -> dict:
+    found = strangers(root)
+    assert not found["rnnzoo"]
+    return found["models"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stranger_gets_the_same_model(outcome, name):
+    seen = outcome[name]
+    assert "error" not in seen, seen["error"]
+    assert seen["module"].startswith("transformers_modules.") and seen["class"].endswith("ForCausalLM")
+    differences = {kind: seen[kind] for kind in calls()}
+    assert max(differences.values()) < 2e-5, differences
+    assert len(seen["tokens"][0]) == 20 and seen["cache_changes_nothing"]
+    assert seen["loss"] < 1e-5 and seen["learns"]
+
+
+@pytest.mark.parametrize("name", SAVED_AGAIN)
+def test_it_takes_its_code_along_when_it_is_saved(outcome, name):
+    seen = outcome[name]
+    assert seen["same"] and seen["classes"] == [2, 3]
+    assert {CODE_FILE, "config.json", "model.safetensors"} <= set(seen["files"])
+
+
+def test_assisted_decoding_is_refused_in_words(outcome):
+    assert "assisted" in outcome["transformer"]["assisted"].lower()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_code_is_one_short_file_that_imports_only_torch_and_transformers(root, name):
+    path = root / "models" / name / CODE_FILE
+    text = path.read_text()
+    lines = text.splitlines()
+    assert len(lines) <= LINE_LIMIT
+    assert max(map(len, lines)) <= 120
+    assert "SPDX-License-Identifier: Apache-2.0" in lines[0] and f"rnnzoo {__version__}" in text[:1000]
+    assert get_relative_imports(path) == []
+    packages = {package.partition(".")[0] for package in get_imports(path)} - set(sys.stdlib_module_names)
+    assert packages <= {"torch", "transformers", "huggingface_hub"}
+    tree = ast.parse(text)
+    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
+    names = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assert len(names) == len(set(names))
+
+
+def test_only_what_the_configuration_needs_is_in_it():
+    plain, hybrid = standalone_code(config_of("mamba2")), standalone_code(config_of("mamba2-hybrid"))
+    assert "class FullAttention" not in plain and "class SlidingAttention" in hybrid
+    for text in ("init_from_attention", "WindowState", "def crop", "linear_kl", "class Perspectives"):
+        assert text not in plain, text
+
+
+def test_the_same_configuration_gives_the_same_file():
+    assert standalone_code(config_of("gla")) == standalone_code(config_of("gla"))
+
+
+def test_the_tokenizer_loads_without_trusting_code(root):
+    """transformers' base class, which then reads config.json, knows no layer types of ours."""
+    assert "layer_types" not in json.loads((root / "models" / "mamba2" / "config.json").read_text())
+    assert "layer_types" in json.loads((root / "models" / "mamba2-hybrid" / "config.json").read_text())
+
+
+def test_a_folder_that_is_no_model_of_the_zoo_is_refused(tmp_path):
+    with pytest.raises(RnnzooError, match="no folder"):
+        standalone_files(tmp_path / "none")
+    with pytest.raises(RnnzooError, match=r"no config\.json"):
+        standalone_files(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(RnnzooError, match="'llama', which is no model of rnnzoo"):
+        standalone_files(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RnnzooError, match="not readable as JSON"):
+        standalone_files(tmp_path)
+
+
+@pytest.mark.slow
+def test_nothing_but_torch_and_transformers_is_needed(tmp_path):
+    for name in ("mamba2", "hedgehog-hybrid"):
+        write_model(tmp_path / "models" / name, name)
+    for name, seen in strangers(tmp_path, "fresh")["models"].items():
+        assert "error" not in seen, seen["error"]
+        assert seen["plain"] < 2e-5 and seen["learns"], name

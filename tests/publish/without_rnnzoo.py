@@ -1,0 +1,119 @@
+"""Run in a process of its own: uses models with their own code, where rnnzoo cannot be imported.
+
+python without_rnnzoo.py ROOT         every folder of ROOT is a model with expected.pt; writes ROOT/outcome.json
+python without_rnnzoo.py ROOT fresh   the same, where nothing but torch, transformers and what they need is found
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+ALLOWED_OUTSIDE = {
+    "rnnzoo",
+    "peft",
+    "accelerate",
+    "datasets",
+    "pytest",
+    "fla",
+    "kernels",
+    "matplotlib",
+    "click",
+    "jinja2",
+}
+
+
+class Blocker:
+    """Finds nothing of the packages that must not be needed."""
+
+    def __init__(self, names: set[str]):
+        self.names = names
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked by the test)", name=name)
+
+
+def outcome(folder: Path) -> dict:
+    """What a stranger sees of one model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    expected = torch.load(folder / "expected.pt", weights_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    seen: dict = {"module": type(model).__module__, "class": type(model).__name__}
+    with torch.no_grad():
+        for name, call in expected["calls"].items():
+            seen[name] = (model(**call).logits - expected["logits"][name]).abs().max().item()
+        ids = expected["calls"]["plain"]["input_ids"][:, :12]
+        tokens = [
+            model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=cache, pad_token_id=0).tolist()
+            for cache in (True, False)
+        ]
+    seen["tokens"] = tokens[0]
+    seen["cache_changes_nothing"] = tokens[0] == tokens[1]
+    seen |= trained(model, expected)
+    return seen
+
+
+def trained(model, expected: dict) -> dict:
+    """One training step with checkpointing, and what it did."""
+    import torch
+
+    ids = expected["calls"]["plain"]["input_ids"]
+    model.train()
+    model.activation_checkpointing_enable()
+    losses = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        loss = model(ids, labels=ids).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {"loss": abs(losses[0] - expected["loss"]), "learns": losses[1] < losses[0]}
+
+
+def again(folder: Path) -> dict:
+    """Saved, loaded again, and with the other heads."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    copy = folder.parent.parent / "saved" / folder.name
+    model.save_pretrained(copy)
+    classifier = AutoModelForSequenceClassification.from_pretrained(copy, trust_remote_code=True, num_labels=3)
+    base = AutoModel.from_pretrained(copy, trust_remote_code=True)
+    ids = torch.load(folder / "expected.pt", weights_only=True)["calls"]["plain"]["input_ids"]
+    with torch.no_grad():
+        same = torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    shape = list(classifier(ids, attention_mask=torch.ones_like(ids)).logits.shape)
+    try:
+        model.generate(ids[:1, :4], max_new_tokens=2, prompt_lookup_num_tokens=2)
+        refusal = None
+    except ValueError as error:
+        refusal = str(error)
+    return {"same": same, "classes": shape, "assisted": refusal, "files": sorted(p.name for p in copy.iterdir())}
+
+
+def main(root: Path, fresh: bool) -> None:
+    blocked = ALLOWED_OUTSIDE if fresh else {"rnnzoo"}
+    sys.meta_path.insert(0, Blocker(blocked))  # type: ignore[arg-type]
+    import torch
+
+    torch.set_num_threads(1)
+    results: dict[str, dict] = {}
+    for folder in sorted((root / "models").iterdir()):
+        try:
+            results[folder.name] = outcome(folder)
+            if (folder / "again").exists():
+                results[folder.name] |= again(folder)
+        except Exception:
+            results[folder.name] = {"error": traceback.format_exc()}
+    (root / "outcome.json").write_text(json.dumps({"models": results, "rnnzoo": "rnnzoo" in sys.modules}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:] == ["fresh"])
