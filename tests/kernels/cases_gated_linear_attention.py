@@ -54,12 +54,12 @@ def spread(inputs: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
 def normalized(*, initial_state: Tensor | None = None, **call: Any) -> tuple[Tensor, Tensor]:
     """With the plain output added: where one step has all the weight the other is v, and q's gradient mere rounding.
 
-    The decay has its gradient from the normalised output alone: it is one number a head, and the sum of two rounded
-    to bfloat16 that nearly cancel says nothing of either.
+    Both take the decay in float32: its gradient, one number a head, is rounded after the two have been added.
     """
+    call["g"] = call["g"].to(torch.promote_types(call["g"].dtype, torch.float32))
     o, state = gated_linear_attention(**call, initial_state=initial_state, normalize=True)
     start = None if initial_state is None else initial_state[..., :-1]
-    plain, _ = gated_linear_attention(**call | {"g": call["g"].detach()}, initial_state=start, scale=0.1)
+    plain, _ = gated_linear_attention(**call, initial_state=start, scale=0.1)
     return o + plain, state
 
 
