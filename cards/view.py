@@ -268,7 +268,8 @@ class View:
         for row in self.rows("parity", column="student"):
             table += [
                 ["tokens compared", f"{row['n']:,} after {row['context']:,} of context, {cell(row.get('dtype'))}"],
-                ["largest difference of a log-probability", f"{row['max_abs']:.2e}"],
+                ["largest difference of a probability", f"{row['max_probability']:.2e}"],
+                ["largest difference of a log-probability, over the whole vocabulary", f"{row['max_abs']:.2e}"],
                 ["mean KL divergence, nats a token", f"{row['mean_kl']:.2e}"],
                 ["same most likely token", percent(row["same_token"], 1)],
             ]

@@ -20,13 +20,15 @@ class Parity:
     """Over n tokens, each read alone after `context` tokens that were read at once.
 
     Attributes:
-        max_abs: largest difference of a log-probability, over the whole vocabulary. mean_kl: KL divergence of the
-            token-by-token distribution from the one-pass one, nats a token. same_token: share of places at which both
-            have the same most likely token.
+        max_probability, max_abs: largest difference of a probability, and of a log-probability, over the whole
+            vocabulary; the second is mostly that of tokens which nobody expects.
+        mean_kl: KL divergence of the token-by-token distribution from the one-pass one, nats a token.
+        same_token: share of places at which both have the same most likely token.
     """
 
     context: int
     n: int
+    max_probability: float
     max_abs: float
     mean_kl: float
     same_token: float
@@ -56,12 +58,13 @@ def parity(
     whole = log_probs(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, context:])
     stream = Stream(model)
     stream.advance(ids[:, :context])
-    largest = divergence = same = 0.0
+    likely = largest = divergence = same = 0.0
     for step in range(steps):
         alone = log_probs(model, stream.advance(ids[:, context + step : context + step + 1])[0])[0]
+        likely = max(likely, float((alone.exp() - whole[step].exp()).abs().max()))
         largest = max(largest, float((alone - whole[step]).abs().max()))
         divergence += float((whole[step].exp() * (whole[step] - alone)).sum())
         same += float(alone.argmax() == whole[step].argmax())
         progress("parity", step + 1, steps, {})
     dtype = str(model.dtype).removeprefix("torch.")
-    return Parity(context, steps, largest, max(0.0, divergence / steps), same / steps, dtype)
+    return Parity(context, steps, likely, largest, max(0.0, divergence / steps), same / steps, dtype)

@@ -21,7 +21,7 @@ def test_a_full_card_is_valid_and_has_its_numbers(tmp_path):
     for words in (
         "12.50 ± 0.40", "10.00 ± 0.40", "20.25 ± 0.40", "1.250", "61,410 tokens", "window 61 + 4 sinks", "1.50 MB",
         "| 0 to 1 | hedgehog | 64, 8 |", "An invented sample.", "What \\| is this?", "20 min 34 s",
-        "cd" * 32, "ab" * 32, "30.00 ± 2.00", "the teacher has 10.50 ± 0.70 on them", "1.23e-02", "96.9 %",
+        "cd" * 32, "ab" * 32, "30.00 ± 2.00", "the teacher has 10.50 ± 0.70 on them", "4.50e-03", "1.23e-02", "96.9 %",
     ):  # fmt: skip
         assert words in text, words
 
