@@ -221,7 +221,7 @@ def test_a_second_process_is_kept_out_while_the_first_one_works(tmp_path):
 
     with alone_in(tmp_path):
         refused = second()
-        assert refused.returncode and f"Another process is converting into {tmp_path}" in refused.stderr
+        assert refused.returncode and f"Another process is at work in {tmp_path}" in refused.stderr
     assert second().stdout == "in\n"
     with alone_in(tmp_path / "not yet there"):
         pass
