@@ -59,7 +59,7 @@ def _cells(axes: Any, kinds: list[str], windows: list[Any], heads: int) -> None:
         for head, size in enumerate(own):
             shade = _shade(size, longest)
             axes.add_patch(Rectangle((layer - 0.46, head - 0.44), 0.92, 0.88, color=shade, linewidth=0))
-            ink = "#ffffff" if sum(shade) < 1.35 else "#10202c"
+            ink = "#ffffff" if sum(shade) < 1.5 else "#10202c"
             shown = f"{size // 1024}k" if size >= 1024 and size % 1024 == 0 else str(size)
             axes.text(layer, head, shown, ha="center", va="center", color=ink, fontsize=6 if len(kinds) > 16 else 8)
 

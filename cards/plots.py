@@ -22,7 +22,7 @@ from ..kernels.errors import RnnzooError
 __all__ = ["BACKGROUNDS", "COLOURS", "GREY", "PLOTS", "current_plots", "drawn_from", "write_plots"]
 
 _logger = logging.getLogger(__name__)
-_VERSION = 2  # of the drawing: raise it and every picture is drawn again
+_VERSION = 3  # of the drawing: raise it and every picture is drawn again
 BACKGROUNDS = ("#ffffff", "#0d1117")  # the pages that they must be readable on
 GREY = "#797979"  # words, axes and grid: the grey whose contrast with both pages is the same, 4.3
 # Blue, orange and grey are told apart by the colour-blind; marker and line tell the columns apart as well.

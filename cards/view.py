@@ -206,14 +206,15 @@ class View:
     def states(self) -> list[list[str]]:
         """Measured, then calculated where every measurement lies on one line: [context, bytes of each column]."""
         measured = {context: by for (context,), by in self._grouped("decode", "context")}
-        table = [
-            [tokens(context), *(size(by.get(column, {}).get("state_bytes")) for column in self.columns)]
-            for context, by in measured.items()
-        ]
-        for context in _CONTEXTS if measured else ():
-            values = [size(self._calculated(column, context)) for column in self.columns]
-            if context not in measured and set(values) != {NOT_MEASURED}:
-                table.append([f"{tokens(context)} (calculated)", *values])
+        table = []
+        for context in sorted({*measured, *(_CONTEXTS if measured else ())}):
+            by = measured.get(context)
+            if by is None:
+                values = [size(self._calculated(column, context)) for column in self.columns]
+            else:
+                values = [size(by.get(column, {}).get("state_bytes")) for column in self.columns]
+            if by is not None or set(values) != {NOT_MEASURED}:
+                table.append([tokens(context) + (" (calculated)" if by is None else ""), *values])
         return table
 
     def _calculated(self, column: str, context: int) -> int | None:
