@@ -7,33 +7,46 @@ python without_rnnzoo.py ROOT fresh   the same, where nothing but torch, transfo
 from __future__ import annotations
 
 import json
+import re
 import sys
 import traceback
+from importlib import metadata
 from pathlib import Path
-
-ALLOWED_OUTSIDE = {
-    "rnnzoo",
-    "peft",
-    "accelerate",
-    "datasets",
-    "pytest",
-    "fla",
-    "kernels",
-    "matplotlib",
-    "click",
-    "jinja2",
-}
+from typing import Any
 
 
-class Blocker:
-    """Finds nothing of the packages that must not be needed."""
+def unneeded() -> set[str]:
+    """Top-level modules of every installed package that torch, transformers and safetensors do not require."""
+    needed, waiting = set(), ["torch", "transformers", "safetensors"]
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name in needed:
+            continue
+        needed.add(name)
+        try:
+            requirements = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        waiting += [re.split(r"[^\w.-]", line)[0] for line in requirements if "extra ==" not in line]
+    owners = metadata.packages_distributions()
+    return {
+        module
+        for module, packages in owners.items()
+        if not {re.sub(r"[-_.]+", "-", package).lower() for package in packages} & needed
+    }
 
-    def __init__(self, names: set[str]):
-        self.names = names
+
+class Without:
+    """A finder that does not find some packages, as if they were not installed."""
+
+    def __init__(self, finder, names: set[str]):
+        self.finder, self.names = finder, names
 
     def find_spec(self, name: str, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {name!r} (blocked by the test)", name=name)
+        return None if name.partition(".")[0] in self.names else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name: str):
+        return getattr(self.finder, name)
 
 
 def outcome(folder: Path) -> dict:
@@ -42,7 +55,7 @@ def outcome(folder: Path) -> dict:
     from transformers import AutoModelForCausalLM
 
     expected = torch.load(folder / "expected.pt", weights_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     seen: dict = {"module": type(model).__module__, "class": type(model).__name__}
     with torch.no_grad():
         for name, call in expected["calls"].items():
@@ -81,7 +94,7 @@ def again(folder: Path) -> dict:
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     copy = folder.parent.parent / "saved" / folder.name
     model.save_pretrained(copy)
     classifier = AutoModelForSequenceClassification.from_pretrained(copy, trust_remote_code=True, num_labels=3)
@@ -99,8 +112,8 @@ def again(folder: Path) -> dict:
 
 
 def main(root: Path, fresh: bool) -> None:
-    blocked = ALLOWED_OUTSIDE if fresh else {"rnnzoo"}
-    sys.meta_path.insert(0, Blocker(blocked))  # type: ignore[arg-type]
+    blocked = {"rnnzoo"} | (unneeded() if fresh else set())
+    sys.meta_path[:] = [Without(finder, blocked) for finder in sys.meta_path]
     import torch
 
     torch.set_num_threads(1)
@@ -112,7 +125,9 @@ def main(root: Path, fresh: bool) -> None:
                 results[folder.name] |= again(folder)
         except Exception:
             results[folder.name] = {"error": traceback.format_exc()}
-    (root / "outcome.json").write_text(json.dumps({"models": results, "rnnzoo": "rnnzoo" in sys.modules}))
+    (root / "outcome.json").write_text(
+        json.dumps({"models": results, "blocked": sorted(blocked), "rnnzoo": "rnnzoo" in sys.modules})
+    )
 
 
 if __name__ == "__main__":

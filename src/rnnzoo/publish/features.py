@@ -74,7 +74,7 @@ DERIVED = ("num_attention_heads", "head_dim", "num_key_value_heads", "intermedia
 
 
 def complete(config: RecurrentConfig) -> dict[str, Facts]:
-    """That config.json gives every size, so that nothing is to be derived or checked."""
+    """That config.json gives every size, so that nothing is to be derived or checked; and no views of the state."""
     from ..zoo.core.registry import CONFIGS
 
     core = Facts(
@@ -82,7 +82,9 @@ def complete(config: RecurrentConfig) -> dict[str, Facts]:
         members=frozenset({"RecurrentConfig.derive", "RecurrentConfig.validate_architecture"}),
         calls=frozenset({"derive"}),
     )
-    known = {"zoo.core.configuration": core}
+    views = frozenset(f"RecurrentCache.{name}" for name in ("__repr__", "detach", "seen"))
+    known = {"zoo.core.configuration": core, "zoo.core.cache": Facts(members=views)}
+    known["zoo.core.layers"] = Facts(members=frozenset({"RMSNorm.extra_repr"}))
     for cls in CONFIGS.values():
         own = frozenset(f"{cls.__name__}.{name}" for name in ("derive", "validate_architecture"))
         known[cls.__module__.partition(".")[2]] = Facts(members=own)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from .model_source import with_short_docstrings
 from .modules import External, Module, Source, Symbol
-from .reflow import reflow
+from .reflow import WIDTH, reflow
 from .scopes import Reference
 from .source_edits import Edit, Offsets, apply, lines_of, replacing
 
@@ -53,7 +54,9 @@ class Flat:
             if external.name is not None:
                 alias = f" as {external.local}" if external.local != external.name else ""
                 by_module.setdefault(external.module, set()).add(external.name + alias)
-        lines += [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(by_module.items())]
+        for module, names in sorted(by_module.items()):
+            line = f"from {module} import {', '.join(sorted(names))}"
+            lines.append(line if len(line) <= WIDTH else f"from {module} import ({', '.join(sorted(names))})")
         return reflow("\n".join(lines) + "\n")
 
     def module_text(self, module: Module, detail: str) -> str:
@@ -77,8 +80,8 @@ class Flat:
         # The equations of the recurrences are in the modules' docstrings.
         if detail in ("public", "compact"):  # the equations
             about = "\n\n".join(about.split("\n\n")[:2])
-        about = about if detail == "full" or _is_mixer(module) else ""
-        lines = [f"# {line}".rstrip() for line in about.splitlines()]
+        tells = _is_mixer(module) or (detail == "full" and module.name.startswith("kernels."))
+        lines = _comment(about) if tells else []
         return "\n".join([f"# {f'--- {path} ':-<118}", *lines]) + ("\n\n" if lines else "\n")
 
     def _is_kept(self, module: Module, statement: ast.stmt) -> bool:
@@ -188,6 +191,16 @@ def flatten(source: Source, roots: Iterable[Symbol]) -> Flat:
     flat.order(dict.fromkeys(root.module for root in roots))
     flat.choose_names()
     return flat
+
+
+def _comment(about: str) -> list[str]:
+    """A docstring as comments: prose filled to the width, equations as they stand."""
+    lines = []
+    for paragraph in about.split("\n\n") if about else []:
+        is_prose = not paragraph.startswith(" ")
+        body = textwrap.wrap(paragraph, WIDTH - 2) if is_prose else [line[2:] for line in paragraph.splitlines()]
+        lines += ["#", *(f"# {line}".rstrip() for line in body)]
+    return lines[1:]
 
 
 def _is_small(statement: ast.stmt) -> bool:

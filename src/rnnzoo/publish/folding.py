@@ -6,7 +6,7 @@ import ast
 import operator
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .source_edits import Edit, Offsets, apply, lines_of, replacing, span_of
@@ -41,6 +41,12 @@ class Facts:
     calls: frozenset[str] = frozenset()
     targets: frozenset[str] = frozenset()
     rewritten: Mapping[str, str] = field(default_factory=dict)
+
+    def about(self, text: str) -> Facts:
+        """Those facts that a source may make use of, in one order."""
+        names = {key: key.rpartition(".")[2] for key in sorted(self.values)}
+        values = {key: self.values[key] for key, name in names.items() if not name.isidentifier() or name in text}
+        return replace(self, values=values)
 
     def __or__(self, other: Facts) -> Facts:
         sets = (self.members | other.members, self.calls | other.calls, self.targets | other.targets)

@@ -89,6 +89,7 @@ def with_short_docstrings(text: str, detail: str) -> str:
         short = shortened(docstring.value.value)
         if short != docstring.value.value.strip():
             indent = " " * docstring.col_offset
-            lines = textwrap.wrap(short, 117 - len(indent)) if detail != "paragraph" else [short]
+            fits = detail == "paragraph" and max(map(len, f"{indent}{short}".splitlines())) <= 114
+            lines = [short] if fits else textwrap.wrap(short, 114 - len(indent))
             edits.append(replacing(docstring, f'"""{f"{chr(10)}{indent}".join(lines)}"""', offsets))
     return apply(text, edits)

@@ -103,18 +103,21 @@ class Source:
     def _read(self, name: str) -> Module:
         path = self.path(name)
         assert path is not None, f"rnnzoo has no module {name}"
-        is_package = path.name == "__init__.py"
-        text = fold(_prepared(path, name.startswith("kernels.") and is_package), self._facts(name))
+        text = _prepared(path, name.startswith("kernels.") and path.name == "__init__.py")
+        facts = self._facts(name).about(text)
+        # Configurations differ in few modules.
+        if (module := _KNOWN.get((name, repr(facts)))) is None:
+            module = _KNOWN[name, repr(facts)] = self._parsed(name, fold(text, facts), path.name == "__init__.py")
+        return module
+
+    def _parsed(self, name: str, text: str, is_package: bool) -> Module:
         tree = ast.parse(text)
         module = Module(name, text, tree, {}, {}, [])
+        # Names that the module imports come before those of its functions.
+        for statement in sorted(tree.body, key=lambda s: isinstance(s, ast.FunctionDef)):
+            for names in self._imports(statement):
+                self._bind(module, names, is_package)
         for statement in tree.body:
-            if not isinstance(statement, ast.FunctionDef):
-                for names in self._imports(statement):
-                    self._bind(module, names, is_package)
-        for statement in tree.body:
-            if isinstance(statement, ast.FunctionDef):
-                for names in self._imports(statement):
-                    self._bind(module, names, is_package)
             for target in _defined(statement):
                 module.definitions.setdefault(target, []).append(statement)
         return module
@@ -155,6 +158,10 @@ def _defined(statement: ast.stmt) -> set[str]:
         # A call for its effect belongs to what it is called with.
         return {a.id for a in call.args if isinstance(a, ast.Name)} if isinstance(call, ast.Call) else set()
     return bound_names([statement]) - {"__all__"}
+
+
+_KNOWN: dict[tuple[str, str], Module] = {}
+"""Modules by name and what is known of them."""
 
 
 @functools.cache
