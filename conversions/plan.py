@@ -56,9 +56,9 @@ def make_plan(
     config = found.config
     kept = parse_keep(chosen.keep, config.num_hidden_layers)
     types = layer_types(found, chosen, kept)
-    student = student_config(found, chosen, types)
-    state = chosen.state_budget or state_bytes(student, torch.bfloat16)
-    kv_token = 2 * student.num_key_value_heads * student.head_dim * 2
+    built = student_config(found, chosen, types)
+    state = chosen.state_budget or state_bytes(built, torch.bfloat16)
+    kv_token = 2 * built.num_key_value_heads * built.head_dim * 2
     flops = 0.0
     stages = []
     for stage in chosen.stages:
@@ -75,14 +75,14 @@ def make_plan(
                 "licence": found.licence or "not stated",
             },
             "parameters": found.parameters,
-            "student_parameters": parameter_count(student),
+            "student_parameters": parameter_count(built),
             "recipe": {"name": chosen.name, "student": chosen.student, "steps": keep_steps(chosen, len(types))},
             "kept_attention": kept,
             "state_bytes": state,
             "kept_attention_bytes_per_1k_tokens": 1024 * kv_token * len(kept),
             "teacher_kv_bytes": {f"at_{n // 1024}k": n * kv_token * len(types) for n in (2048, 32768, 131072)},
             "training": {"tokens": chosen.tokens, "seq_len": chosen.seq_len},
-            "memory_bytes": 22 * found.parameters + 2 * chosen.seq_len * student.hidden_size * len(types) * 60,
+            "memory_bytes": 22 * found.parameters + 2 * chosen.seq_len * built.hidden_size * len(types) * 60,
             "time_seconds": flops / (FLOPS_PER_CORE * cores),
             "stages": stages,
             "layers": [
