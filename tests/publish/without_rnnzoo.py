@@ -66,6 +66,7 @@ def outcome(folder: Path) -> dict:
             for cache in (True, False)
         ]
     seen["tokens"] = tokens[0]
+    seen["tokens_differ"] = sum(a != b for a, b in zip(tokens[0], expected["tokens"], strict=True))
     seen["cache_changes_nothing"] = tokens[0] == tokens[1]
     seen |= trained(model, expected)
     return seen
