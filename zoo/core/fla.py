@@ -64,17 +64,12 @@ def fla_values(source: Mapping[str, Any], own: Mapping[str, Any], refused: Mappi
     return values
 
 
-def fla_fields(values: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+def fla_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `RecurrentConfig` for the settings of `fla_values`."""
     width = values["intermediate_size"]
     if width is None:
         width = -(-int(values["hidden_size"] * (values["hidden_ratio"] or 4) * 2 / 3) // 256) * 256
-    dtype = source.get("dtype", source.get("torch_dtype"))
-    return {name: values[name] for name in SAME} | {
-        "intermediate_size": width,
-        "rms_norm_eps": values["norm_eps"],
-        "dtype": dtype,
-    }
+    return {name: values[name] for name in SAME} | {"intermediate_size": width, "rms_norm_eps": values["norm_eps"]}
 
 
 def fla_config(config: RecurrentConfig, model_type: str, class_name: str, own: Mapping[str, Any]) -> dict[str, Any]:

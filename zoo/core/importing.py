@@ -12,7 +12,6 @@ import os
 import pathlib
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ...kernels.errors import RnnzooError
 from .configuration import RecurrentConfig
+from .files import appearing, expect_free
 from .registry import architectures, config_class
 from .sizes import causal_lm_class
 
@@ -233,11 +233,9 @@ def import_checkpoint(
             `out` exists and is not empty.
     """
     known = formats(architecture)
-    _expect_free(out)
+    expect_free(out)
     checkpoint = Checkpoint(source)
-    own = known.get(format or "") or next(
-        (f for f in known.values() if format is None and f.recognises(checkpoint.config, checkpoint.shapes)), None
-    )
+    own = _recognised(checkpoint, known) if format is None else known.get(format)
     if own is None:
         kind = checkpoint.config.get("model_type")
         what = f"Expected a checkpoint of {architecture}" if format is None else f"'{format}' is no known format"
@@ -265,7 +263,7 @@ def import_checkpoint(
 
     dtype = checkpoint.get(rules[0].theirs[0]).dtype
     config.dtype = str(dtype).removeprefix("torch.")
-    with _finished(out) as folder:
+    with appearing(out) as folder:
         _write_shards(tensors(), folder, shard_bytes)
         config.save_pretrained(folder)
         if pathlib.Path(source).is_dir():
@@ -275,9 +273,12 @@ def import_checkpoint(
 
 def recognised_format(source: str | os.PathLike, architecture: str) -> str | None:
     """The name of the format that a checkpoint is in; None: none of the architecture's."""
-    checkpoint = Checkpoint(source)
-    known = formats(architecture).values()
-    return next((own.name for own in known if own.recognises(checkpoint.config, checkpoint.shapes)), None)
+    own = _recognised(Checkpoint(source), formats(architecture))
+    return None if own is None else own.name
+
+
+def _recognised(checkpoint: Checkpoint, known: Mapping[str, Format]) -> Format | None:
+    return next((own for own in known.values() if own.recognises(checkpoint.config, checkpoint.shapes)), None)
 
 
 def export_checkpoint(
@@ -289,7 +290,7 @@ def export_checkpoint(
         RnnzooError: no model of the zoo, no such format for its architecture, a configuration that the format cannot
             express, or `out` exists and is not empty.
     """
-    _expect_free(out)
+    expect_free(out)
     checkpoint = Checkpoint(source)
     kind = str(checkpoint.config.get("model_type"))
     architecture = kind.removeprefix("rnnzoo-")
@@ -309,7 +310,7 @@ def export_checkpoint(
         for rule in rules
         for name, x in zip(rule.theirs, rule.to_theirs(*map(checkpoint.get, rule.ours)), strict=True)
     )
-    with _finished(out) as folder:
+    with appearing(out) as folder:
         if own.file is not None:
             torch.save(dict(tensors), folder / own.file)
         else:
@@ -345,33 +346,6 @@ def _check_names(
     ]
     if problems:
         raise RnnzooError(f"The tensors of {where} do not fit; {'; '.join(problems)}.")
-
-
-def _expect_free(out: str | os.PathLike) -> None:
-    out = pathlib.Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RnnzooError(f"{out} already exists and is not empty; choose another folder.")
-
-
-class _finished:
-    """A scratch folder that becomes `out` when the block ends without an error."""
-
-    def __init__(self, out: str | os.PathLike):
-        self.out = pathlib.Path(out)
-
-    def __enter__(self) -> pathlib.Path:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._scratch = tempfile.TemporaryDirectory(dir=self.out.parent, prefix=f".{self.out.name}-")
-        folder = pathlib.Path(self._scratch.name) / "model"
-        folder.mkdir()
-        return folder
-
-    def __exit__(self, kind, *_) -> None:
-        with self._scratch:
-            if kind is None:
-                if self.out.exists():
-                    self.out.rmdir()
-                os.replace(pathlib.Path(self._scratch.name) / "model", self.out)
 
 
 def _copy_along(source: pathlib.Path, folder: pathlib.Path) -> None:

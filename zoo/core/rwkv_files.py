@@ -244,10 +244,7 @@ def fla_fields(source: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[
             -(-int(values["hidden_size"] * (values["hidden_ratio"] or own["hidden_ratio"])) // 32) * 32
         )
     fields = {name: values[name] for name in FLA_SAME}
-    return fields | {
-        "rms_norm_eps": values["norm_eps"],
-        "dtype": source.get("dtype", source.get("torch_dtype")),
-    }, values
+    return fields | {"rms_norm_eps": values["norm_eps"]}, values
 
 
 def fla_values(config: RecurrentConfig, class_name: str, own: Mapping[str, Any], limits: Mapping[str, Any]) -> dict:

@@ -19,7 +19,7 @@ def _to_ours(source: dict, shapes: dict) -> DeltaNetConfig:
     values = fla_values(source, OWN, ONLY)
     heads, width = values["num_heads"], values["hidden_size"]
     return DeltaNetConfig(
-        **fla_fields(values, source),
+        **fla_fields(values),
         delta_num_heads=heads,
         delta_key_dim=round(width * values["expand_k"]) // heads,
         delta_value_dim=round(width * values["expand_v"]) // heads,

@@ -25,7 +25,7 @@ FLA |= {"use_gate": True, "output_gate_activation": "swish", "allow_neg_eigval":
 def _fla_to_ours(source: dict, shapes: dict) -> GatedDeltaNetConfig:
     values = fla_values(source, FLA, {"use_short_conv": True})
     return GatedDeltaNetConfig(
-        **fla_fields(values, source),
+        **fla_fields(values),
         gdn_num_heads=values["num_heads"],
         gdn_v_heads=values["num_v_heads"],
         gdn_key_dim=values["head_dim"],
@@ -105,7 +105,6 @@ def _qwen_to_ours(source: dict, shapes: dict) -> GatedDeltaNetConfig:
         layer_types=[KINDS[kind] for kind in kinds],
         rope_parameters=rope,
         norm_type="rms_offset",
-        dtype=source.get("dtype", source.get("torch_dtype")),
     )
 
 

@@ -23,7 +23,7 @@ def _to_ours(source: dict, shapes: dict) -> GLAConfig:
     values = fla_values(source, OWN, REFUSED)
     hidden, heads = values["hidden_size"], values["num_heads"]
     return GLAConfig(
-        **fla_fields(values, source),
+        **fla_fields(values),
         num_attention_heads=heads,
         num_key_value_heads=values["num_kv_heads"],
         head_dim=round(hidden * values["expand_v"]) // heads,

@@ -79,7 +79,6 @@ def _to_ours(source: dict, shapes: dict) -> GriffinConfig:
         hidden_act=values["hidden_activation"],
         rglru_act=values["hidden_activation"],
         rope_parameters=rope,
-        dtype=source.get("dtype", source.get("torch_dtype")),
     )
 
 

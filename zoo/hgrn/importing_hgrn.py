@@ -20,7 +20,7 @@ def _to_ours(source: dict, shapes: dict) -> HGRNConfig:
     if expand != int(expand):
         raise RnnzooError(f"This checkpoint has expand_ratio={expand}; only whole numbers can be imported.")
     return HGRNConfig(
-        **fla_fields(values, source),
+        **fla_fields(values),
         hgrn_expand=int(expand),
         hgrn_conv_kernel=values["conv_size"] if values["use_short_conv"] else 0,
         hgrn_lower_bounds=values["use_lower_bound"],

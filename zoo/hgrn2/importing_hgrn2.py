@@ -20,9 +20,7 @@ def _to_ours(source: dict, shapes: dict) -> HGRN2Config:
     key_dim = values["expand_ratio"] or width // values["num_heads"]
     if width % key_dim:
         raise RnnzooError(f"expand_ratio ({key_dim}) does not divide hidden_size ({width}).")
-    return HGRN2Config(
-        **fla_fields(values, source), hgrn2_key_dim=key_dim, hgrn2_lower_bounds=values["use_lower_bound"]
-    )
+    return HGRN2Config(**fla_fields(values), hgrn2_key_dim=key_dim, hgrn2_lower_bounds=values["use_lower_bound"])
 
 
 def _to_theirs(config: HGRN2Config) -> dict:

@@ -24,7 +24,7 @@ FLA_ONLY = {"use_short_conv": True, "safe_gate": False, "lower_bound": None}
 def _fla_to_ours(source: dict, shapes: dict) -> KDAConfig:
     values = fla_values(source, FLA, FLA_ONLY)
     return KDAConfig(
-        **fla_fields(values, source),
+        **fla_fields(values),
         kda_num_heads=values["num_heads"],
         kda_v_heads=values["num_v_heads"],
         kda_key_dim=values["head_dim"],
@@ -101,7 +101,6 @@ def _kimi_to_ours(source: dict, shapes: dict) -> KDAConfig:
         kda_conv_kernel=linear.get("short_conv_kernel_size", source.get("linear_conv_kernel_dim", 4)),
         layer_types=[KINDS[kind] for kind in types],
         max_position_embeddings=source.get("model_max_length", source.get("max_position_embeddings", 1048576)),
-        dtype=source.get("dtype", source.get("torch_dtype")),
     )
 
 

@@ -81,7 +81,6 @@ def _to_ours(source: dict, shapes: dict) -> MambaConfig:
         attention_bias=values["use_bias"],
         attention_output_bias=values["use_bias"],
         mamba_norm_eps=values["mixer_rms_eps"] if source["model_type"] == "falcon_mamba" else None,
-        dtype=source.get("dtype", source.get("torch_dtype")),
     )
 
 

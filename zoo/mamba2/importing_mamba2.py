@@ -85,7 +85,6 @@ def _to_ours(source: dict, shapes: dict) -> Mamba2Config:
         attention_bias=values["use_bias"],
         attention_output_bias=values["use_bias"],
         ssm_time_step_limit=_limit(values["time_step_limit"]),
-        dtype=source.get("dtype", source.get("torch_dtype")),
     )
 
 

@@ -20,7 +20,7 @@ def _to_ours(source: dict, shapes: dict) -> RetNetConfig:
     values = fla_values(source, OWN, REFUSED)
     heads = values["num_heads"]
     return RetNetConfig(
-        **fla_fields(values, source),
+        **fla_fields(values),
         num_attention_heads=heads,
         num_key_value_heads=values["num_kv_heads"],
         head_dim=round(values["hidden_size"] * values["expand_k"]) // heads,

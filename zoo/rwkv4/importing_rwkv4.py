@@ -52,7 +52,7 @@ def _to_ours(source: dict, shapes: dict) -> RWKV4Config:
     if values["intermediate_size"] is None:
         values["intermediate_size"] = 4 * values["hidden_size"]
     fields = {RENAMED.get(name, name): value for name, value in values.items()}
-    return RWKV4Config(**fields, dtype=source.get("dtype", source.get("torch_dtype")))
+    return RWKV4Config(**fields)
 
 
 def _to_theirs(config: RWKV4Config) -> dict:

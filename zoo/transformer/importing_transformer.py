@@ -56,7 +56,6 @@ def _to_ours(source: dict, shapes: dict) -> TransformerConfig:
         attention_output_bias=bias and kind != "qwen2",
         mlp_bias=getattr(theirs, "mlp_bias", False),
         qk_norm=kind == "qwen3",
-        dtype=source.get("dtype", source.get("torch_dtype")),
     )
 
 

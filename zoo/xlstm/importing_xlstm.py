@@ -77,7 +77,6 @@ def _to_ours(source: dict, shapes: dict) -> xLSTMConfig:
         xlstm_key_width=shapes["backbone.blocks.0.mlstm_layer.q.weight"][0] // heads,
         **{name: values[name] for name in SAME},
         **{new: values[old] for old, new in RENAMED.items()},
-        dtype=source.get("dtype", source.get("torch_dtype")),
     )
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..cards.published import published_files
 from ..cards.render import render_card
 from ..kernels.errors import RnnzooError
+from ..zoo.core.files import appearing, expect_free
 from .standalone import load_config, standalone_files
 
 __all__ = ["save_model"]
@@ -32,10 +29,9 @@ def save_model(folder: str | Path, out: str | Path, *, standalone: bool = False)
     files, _ = published_files(folder)
     if out.resolve() == folder.resolve():
         raise RnnzooError(f"{out} is the model's own folder; choose another one for the copy.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RnnzooError(f"{out} already exists and is not empty; choose another folder.")
+    expect_free(out)
     try:
-        with _appearing(out) as copy:
+        with appearing(out) as copy:
             for file in files:
                 target = copy / file.path
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,24 +49,3 @@ def save_model(folder: str | Path, out: str | Path, *, standalone: bool = False)
             raise
         raise RnnzooError(f"{out} cannot be written: {error.strerror or error}.") from error
     return out
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A scratch folder beside `out` that takes its place when the block ends without an error."""
-    existed = [parent for parent in (out.parent, *out.parent.parents) if parent.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-            copy = Path(scratch) / "model"
-            copy.mkdir()
-            yield copy
-            if out.exists():
-                out.rmdir()
-            os.replace(copy, out)
-    except BaseException:
-        for parent in (out.parent, *out.parent.parents):
-            if parent in existed:
-                break
-            parent.rmdir()
-        raise
