@@ -1,6 +1,7 @@
 """Attention projections, and the softmax attention layers that hybrids keep.
 
-B batch, T new tokens, P cached tokens, S = P + T, H query heads, Hk key/value heads, d head width (dv of values).
+B batch, T new tokens, P cached tokens, S = P + T, H query heads, Hk key heads, Hv value heads (Hk
+but where said), d head width (dv of values).
 """
 
 from __future__ import annotations
@@ -25,26 +26,36 @@ class AttentionProjections(nn.Module):
 
     Args:
         key_width: channels of a head of q and k. value_width: of v. None: `config.head_dim`, as attention has it.
+        heads: of q, of k and of v, where they are not the configuration's attention heads. There are as many heads of
+            output, of width value_width, as of queries or of values, whichever is more.
     """
 
-    def __init__(self, config: RecurrentConfig, key_width: int | None = None, value_width: int | None = None):
+    def __init__(
+        self,
+        config: RecurrentConfig,
+        key_width: int | None = None,
+        value_width: int | None = None,
+        heads: tuple[int, int, int] | None = None,
+    ):
         super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
-        self.key_width, self.value_width = key_width or self.head_dim, value_width or self.head_dim
-        hidden, bias = config.hidden_size, config.attention_bias
+        kv_heads = config.num_key_value_heads
+        self.num_heads, self.num_kv_heads, self.v_heads = heads or (config.num_attention_heads, kv_heads, kv_heads)
+        self.key_width, self.value_width = key_width or config.head_dim, value_width or config.head_dim
+        # What a teacher's heads must be, see `load`.
+        self.head_dim = config.head_dim if heads is None else self.key_width
+        hidden, bias, out_heads = config.hidden_size, config.attention_bias, max(self.num_heads, self.v_heads)
         self.q_proj = nn.Linear(hidden, self.num_heads * self.key_width, bias=bias)
         self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.key_width, bias=bias)
-        self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.value_width, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.value_width, hidden, bias=config.attention_output_bias)
+        self.v_proj = nn.Linear(hidden, self.v_heads * self.value_width, bias=bias)
+        self.o_proj = nn.Linear(out_heads * self.value_width, hidden, bias=config.attention_output_bias)
         self.q_norm = RMSNorm(self.key_width, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.key_width, config.rms_norm_eps) if config.qk_norm else None
 
     def split(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (B, T, D) -> q (B, T, H, d), k (B, T, Hk, d), v (B, T, Hk, dv): normed if configured, not rotated."""
+        """hidden (B, T, D) -> q (B, T, H, d), k (B, T, Hk, d), v (B, T, Hv, dv): normed if configured, not rotated."""
         q = self.q_proj(hidden).unflatten(-1, (self.num_heads, self.key_width))
         k = self.k_proj(hidden).unflatten(-1, (self.num_kv_heads, self.key_width))
-        v = self.v_proj(hidden).unflatten(-1, (self.num_kv_heads, self.value_width))
+        v = self.v_proj(hidden).unflatten(-1, (self.v_heads, self.value_width))
         if self.q_norm is not None:
             # Under autocast the norms' float32 weights would make them wider than v.
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)

@@ -102,8 +102,10 @@ class DeltaMixer(Mixer):
     ):
         super().__init__(config, layer_idx)
         self.sizes, self.beta_limit = sizes, beta_limit
-        heads = (sizes.q_heads, sizes.k_heads, sizes.v_heads, sizes.key_dim, sizes.value_dim)
-        self.proj = ConvolvedProjections(config, *heads, taps=sizes.taps, activation=sizes.activation)
+        heads = sizes.q_heads, sizes.k_heads, sizes.v_heads
+        self.proj = ConvolvedProjections(
+            config, sizes.key_dim, sizes.value_dim, heads, taps=sizes.taps, activation=sizes.activation
+        )
         self.b_proj = nn.Linear(config.hidden_size, sizes.v_heads, bias=False)
         self.norm = GatedHeadNorm(sizes.value_dim, config.rms_norm_eps, gate_activation)
 

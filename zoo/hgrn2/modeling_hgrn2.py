@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.attention import AttentionProjections
 from ..core.layers import LowerBounds, RMSNorm
 from ..core.linear import MatrixState
 from ..core.mixer import AttentionWeights, Context, Mixer
 from ..core.modeling import model_classes
-from ..core.projections import SizedProjections
 from ..core.recurrences import linear_attention
 from ..core.registry import register_mixer
 from .configuration_hgrn2 import HGRN2Config
@@ -44,7 +44,7 @@ class HGRN2Mixer(Mixer):
         super().__init__(config, layer_idx)
         heads, kv_heads = config.hgrn2_num_heads, config.hgrn2_kv_heads
         key_dim, value_dim = config.hgrn2_key_dim, config.hgrn2_value_dim
-        self.proj = SizedProjections(config, heads, kv_heads, kv_heads, key_dim, value_dim)
+        self.proj = AttentionProjections(config, key_dim, value_dim, (heads, kv_heads, kv_heads))
         self.norm = RMSNorm(heads * value_dim, config.rms_norm_eps)
 
     @staticmethod
@@ -59,7 +59,7 @@ class HGRN2Mixer(Mixer):
         self.proj.load(weights)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MatrixState:
-        shape = (batch, self.proj.num_kv_heads, self.proj.head_dim, self.proj.value_dim)
+        shape = (batch, self.proj.num_kv_heads, self.proj.key_width, self.proj.value_width)
         return MatrixState(torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32)))
 
     def forward(self, hidden: Tensor, state: MatrixState | None, ctx: Context):
