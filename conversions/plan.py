@@ -65,7 +65,7 @@ def make_plan(
         used = chosen.calibration_tokens if stage.kind == "calibrate" else int(chosen.tokens * stage.share)
         passes = 6 if stage.kind == "calibrate" else 8
         flops += passes * found.parameters * used
-        stages.append({"stage": stage.name, "kind": stage.kind, "tokens": used, "trains": stage.trains})
+        stages.append({"stage": stage.name, "kind": stage.kind, "tokens": used, "trains": stage.trainable()})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Plan(
         {

@@ -7,7 +7,7 @@ state_budget                    bytes of recurrent state in all, divided among w
 seq_len, tokens, batch_tokens   length of a training sequence; training tokens in all; tokens of an optimiser step
 calibration_tokens              text of the closed-form stage
 progressive                     convert 1/2, 3/4, 7/8 ... of the layers, with a full run of the stages at each step
-stages                          list of {name, kind: calibrate | align | train, share, ...}, see `Stage`
+stages                          list of {name, kind, share, ...}, see `stages.py`
 """
 
 from __future__ import annotations
@@ -22,43 +22,12 @@ from typing import Any
 import yaml
 
 from ...kernels.errors import RnnzooError
+from .stages import KINDS, Stage
 
-__all__ = ["Recipe", "Stage", "check_recipe", "list_recipes", "load_recipe", "parse_keep"]
+__all__ = ["Recipe", "check_recipe", "list_recipes", "load_recipe", "parse_keep"]
 
 FOLDER = Path(__file__).parent
-KINDS = ("calibrate", "align", "train")
 RESERVED = ("data", "finished", "initialise", "model", "student")
-
-
-@dataclasses.dataclass
-class Stage:
-    """One stage.
-
-    Attributes:
-        kind: "calibrate": closed form, no training. "align": each mixer learns its teacher layer's output from the
-            teacher's own inputs. "train": end to end.
-        share: of the recipe's tokens.
-        trains: "mixers" or "all".
-        lr: peak learning rate of matrices that came from the teacher. new_lr: of parameters that did not.
-        schedule: "cosine" or "constant", after `warmup` (share of the steps).
-        kl, ce: weights of KL(teacher || student) and of cross-entropy, both per token.
-        labels: of the cross-entropy: "text", or "teacher" for the teacher's most likely token.
-        z_loss: weight of logsumexp^2.
-    """
-
-    name: str
-    kind: str
-    share: float = 0.0
-    trains: str = "mixers"
-    lr: float = 1e-4
-    new_lr: float = 1e-3
-    schedule: str = "cosine"
-    warmup: float = 0.1
-    beta2: float = 0.95
-    kl: float = 1.0
-    ce: float = 0.0
-    labels: str = "text"
-    z_loss: float = 0.0
 
 
 @dataclasses.dataclass
@@ -113,10 +82,19 @@ def load_recipe(name: str) -> Recipe:
     if not isinstance(stages, list) or not stages:
         raise RnnzooError(f"{path}: stages must be a list of at least one stage.")
     raw.setdefault("name", path.stem)
-    built = [_checked(Stage, stage, f"{path.name}, stage {number}") for number, stage in enumerate(stages, 1)]
+    built = [_stage(stage, f"{path.name}, stage {number}") for number, stage in enumerate(stages, 1)]
     recipe = _checked(Recipe, raw | {"stages": built}, path.name)
     check_recipe(recipe, path.name)
     return recipe
+
+
+def _stage(raw: Any, where: str) -> Stage:
+    if not isinstance(raw, dict):
+        raise RnnzooError(f"{where} is a {type(raw).__name__}; expected a mapping.")
+    if raw.get("kind") not in KINDS:
+        said = f": kind is {raw['kind']!r}" if "kind" in raw else " lacks the key 'kind'"
+        raise RnnzooError(f"{where}{said}; expected one of {', '.join(KINDS)}.")
+    return _checked(KINDS[raw["kind"]], raw, where)
 
 
 def _checked(cls: type, raw: Any, where: str) -> Any:
@@ -160,17 +138,6 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     students = [name for name in known_mixers() if name not in ATTENTION_TYPES]
     if recipe.student not in students:
         raise RnnzooError(f"{where}: there is no mixer {recipe.student!r}; known are {', '.join(students)}.")
-    for stage in recipe.stages:
-        for name, allowed in (
-            ("kind", KINDS),
-            ("trains", ("mixers", "all")),
-            ("schedule", ("cosine", "constant")),
-            ("labels", ("text", "teacher")),
-        ):
-            if getattr(stage, name) not in allowed:
-                raise RnnzooError(
-                    f"{where}, stage {stage.name}: {name} is {getattr(stage, name)!r}; expected one of {allowed}."
-                )
     if len({stage.name for stage in recipe.stages}) != len(recipe.stages):
         raise RnnzooError(f"{where}: two stages have the same name; name them differently.")
     for stage in recipe.stages:
@@ -179,11 +146,11 @@ def check_recipe(recipe: Recipe, where: str) -> None:
                 f"{where}: a stage cannot be named {stage.name!r}; use letters, digits, - and _, and none of "
                 f"{', '.join(RESERVED)}."
             )
-        if not (0 <= stage.share <= 1 and 0 <= stage.warmup <= 1):
-            raise RnnzooError(f"{where}, stage {stage.name}: share and warmup must lie between 0 and 1.")
+        try:
+            stage.check(recipe)
+        except RnnzooError as error:
+            raise RnnzooError(f"{where}, stage {stage.name}: {error}") from None
     calibrates = any(stage.kind == "calibrate" for stage in recipe.stages)
-    if calibrates and recipe.student != "hedgehog":
-        raise RnnzooError(f"{where}: a calibrate stage is for hedgehog layers; the student is {recipe.student}.")
     if recipe.state_budget is not None and not calibrates:
         raise RnnzooError(f"{where}: a state budget is divided by a stage of kind calibrate, and there is none.")
     if recipe.calibration_tokens < 1 or recipe.batch_tokens < 1 or recipe.tokens < 0:

@@ -1,8 +1,4 @@
-"""Stages that train: `Trainer` subclasses, so that accelerate, FSDP and several machines need no other code.
-
-align   each mixer sees what its teacher layer sees and learns what it says: mean over layers of
-        ||mixer(x) - attention(x)||^2 / ||attention(x)||^2
-train   end to end: kl * KL(teacher || student) + ce * cross-entropy + z_loss * logsumexp^2, each a mean over tokens
+"""What all stages that train have in common: a `Trainer`, so that accelerate and FSDP need no other code.
 
 A step's loss is the mean over its rows, which are all of one length. (Of the cross-entropy on text it is the mean of
 each row's mean over its labels; a row of several documents has a few labels less than others.)
@@ -23,15 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ...kernels.losses import linear_cross_entropy, linear_kl
 from ..files import replace_text
-from ..recipes import Stage
 
 if TYPE_CHECKING:
     from ...zoo.core.modeling import RecurrentForCausalLM
     from ..data import PackedTokens
+    from ..recipes.stages import TrainedStage
 
-__all__ = ["Report", "StageTrainer", "cut_metrics", "newest_checkpoint", "next_tokens", "read_metrics", "train_stage"]
+__all__ = ["Report", "StageTrainer", "cut_metrics", "is_new", "newest_checkpoint", "read_metrics", "train_stage"]
 
 CHECKPOINTS = 6  # in a stage
 COMPLETE = "complete"  # a checkpoint without this file was cut off while it was written
@@ -43,7 +38,7 @@ class StageTrainer(Trainer):
     # Our losses are means over the micro-batch; Trainer must divide them by the number of accumulation steps.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args: Any, stage: Stage, twin: RecurrentForCausalLM, **kwargs: Any):
+    def __init__(self, *args: Any, stage: TrainedStage, twin: RecurrentForCausalLM, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.stage = stage
         self.twin = twin.to(self.args.device)
@@ -81,90 +76,10 @@ class StageTrainer(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-class TrainEndToEnd(StageTrainer):
-    """KL to the teacher and cross-entropy on the final hidden states; logits never in full."""
-
-    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None) -> Tensor:
-        stage = self.stage
-        hidden = self._final_hidden(model, ids, seq_ids)
-        head = self.accelerator.unwrap_model(model).lm_head
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        reference = None
-        if stage.kl or (stage.ce and stage.labels == "teacher"):
-            with torch.no_grad():
-                reference = self.twin.model(input_ids=ids, seq_ids=seq_ids, use_cache=False).last_hidden_state
-                reference = reference.flatten(0, 1)
-        if stage.kl:
-            loss = loss + stage.kl * linear_kl(
-                hidden.flatten(0, 1), head.weight, reference, self.twin.lm_head.weight, student_bias=head.bias
-            )
-        if stage.ce:
-            if stage.labels == "teacher":
-                labels = most_likely(reference, self.twin.lm_head.weight).view_as(ids)
-            else:
-                labels = next_tokens(ids, seq_ids)
-            loss = loss + stage.ce * linear_cross_entropy(
-                hidden.flatten(0, 1), head.weight, labels.flatten(), bias=head.bias, z_loss=stage.z_loss
-            )
-        return loss
-
-    def _final_hidden(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None) -> Tensor:
-        """(B, T, D), through the wrapped model's own forward, as autocast and FSDP need it."""
-        found: list[Tensor] = []
-        norm = self.accelerator.unwrap_model(model).model.norm
-        hook = norm.register_forward_hook(lambda _, args, output: found.append(output))
-        try:
-            model(input_ids=ids, seq_ids=seq_ids, use_cache=False, logits_to_keep=1)
-        finally:
-            hook.remove()
-        return found[0]
-
-
-class AlignLayers(StageTrainer):
-    """Every converted mixer on its teacher layer's inputs, all layers at once."""
-
-    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None) -> Tensor:
-        student = self.accelerator.unwrap_model(model)
-        seen: list[tuple[Tensor, Tensor]] = []
-        hooks = [
-            block.mixer.register_forward_hook(lambda _, args, output: seen.append((args[0], output[0])))
-            for block in self.twin.model.layers
-        ]
-        try:
-            with torch.no_grad():
-                self.twin.model(input_ids=ids, seq_ids=seq_ids, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        ctx = student.model.make_context(*ids.shape, ids.device, seq_ids=seq_ids)
-        losses = []
-        for block, (given, wanted) in zip(student.model.layers, seen, strict=True):
-            if any(p.requires_grad for p in block.mixer.parameters()):
-                said, _ = block.mixer(given, None, ctx)
-                wanted = wanted.float()
-                losses.append((said.float() - wanted).pow(2).sum() / wanted.pow(2).sum())
-        return torch.stack(losses).mean()
-
-
 def is_new(name: str) -> bool:
     """Is the parameter the student's own, not one that came from the teacher?"""
     old = (".proj.", "in_proj", "out_proj", "b_norm", "c_norm")
     return ".mixer." in name and not any(part in name for part in old)
-
-
-def next_tokens(ids: Tensor, seq_ids: Tensor | None) -> Tensor:
-    """Labels (B, T): the next token, -100 at the end of a document and of the row."""
-    labels = torch.full_like(ids, -100)
-    labels[:, :-1] = ids[:, 1:]
-    if seq_ids is not None:
-        labels[:, :-1].masked_fill_(seq_ids[:, 1:] != seq_ids[:, :-1], -100)
-    return labels
-
-
-@torch.no_grad()
-def most_likely(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(N,) argmax of the logits of hidden (N, D), chunk by chunk."""
-    return torch.cat([(rows @ weight.T).argmax(-1) for rows in hidden.split(256)])
 
 
 class Report(TrainerCallback):
@@ -195,12 +110,14 @@ class Report(TrainerCallback):
 
 
 def train_stage(
+    trainer_class: type[StageTrainer],
     student: RecurrentForCausalLM,
     twin: RecurrentForCausalLM,
-    stage: Stage,
+    stage: TrainedStage,
     data: PackedTokens,
     folder: Path,
     *,
+    trains: Callable[[str], bool],
     batch_tokens: int,
     bf16: bool,
     seed: int,
@@ -208,14 +125,14 @@ def train_stage(
 ) -> dict[str, Any]:
     """Trains the student in place; goes on from the newest whole checkpoint in `folder`.
 
+    Args:
+        trains: whether the parameter of this name is trained.
     Returns:
         tokens, seconds, loss_first, loss_last of the stage.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, parameter in student.named_parameters():
-        # A kept attention layer has nothing new.
-        chosen = is_new(name) if stage.kind == "align" else stage.trains == "all" or ".mixer." in name
-        parameter.requires_grad_(chosen)
+        parameter.requires_grad_(trains(name))
     per_step = max(1, min(batch_tokens // data.seq_len, len(data)))
     steps = max(1, len(data) // per_step)
     arguments = TrainingArguments(
@@ -244,7 +161,6 @@ def train_stage(
     checkpoint = newest_checkpoint(folder)
     cut_metrics(folder, checkpoint)
     student.config.use_cache = False
-    trainer_class = AlignLayers if stage.kind == "align" else TrainEndToEnd
     trainer = trainer_class(
         model=student, args=arguments, train_dataset=data, callbacks=[report], stage=stage, twin=twin
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rnnzoo.conversions.recipes import FOLDER, Recipe, Stage, list_recipes, load_recipe
+from rnnzoo.conversions.recipes import FOLDER, Recipe, list_recipes, load_recipe
+from rnnzoo.conversions.recipes.stages import Stage
 
 from .text import escape, table
 

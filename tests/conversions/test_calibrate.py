@@ -7,8 +7,10 @@ import torch
 
 from rnnzoo.conversions.data import PackedTokens, TextHashes
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.stages import calibrate
-from rnnzoo.conversions.stages.calibrate import Measured, allocate, fit_features, measure_windows
+from rnnzoo.conversions.stages import windows
+from rnnzoo.conversions.stages.features import fit_features
+from rnnzoo.conversions.stages.observe import observe
+from rnnzoo.conversions.stages.windows import Measured, allocate, measure_windows
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
@@ -87,12 +89,12 @@ def test_measured_errors_are_those_of_a_dense_mask(teacher, sinks):
     """|| W_o (attention cut to window and sinks - attention) ||^2, head by head, times the mean of the gradient^2."""
     twin, data = attention_twin(*teacher, torch.float32), some_rows()
     measured = measure_windows(twin, data, sinks, seed=5)
-    assert measured.candidates == tuple(w for w in calibrate.CANDIDATES if w < 64)
+    assert measured.candidates == tuple(w for w in windows.CANDIDATES if w < 64)
     time = data.seq_len
     distance = torch.arange(time)[:, None] - torch.arange(time)[None]
     total = torch.zeros_like(measured.errors)
     for number in range(len(data)):
-        observed = calibrate._observe(twin, data[number]["input_ids"], True, 5 + number)
+        observed = observe(twin, data[number]["input_ids"], True, 5 + number)
         for i, layer in enumerate(observed):
             groups = layer.q.shape[1] // layer.k.shape[1]
             keys, values = (x.repeat_interleave(groups, 1) for x in (layer.turned_k, layer.v))
@@ -118,7 +120,7 @@ def test_the_gradient_is_that_of_the_loss_on_drawn_labels(teacher):
     """By finite differences in the output of a layer, with the labels that the same seed draws."""
     twin = attention_twin(*teacher, torch.float32).double()
     ids = some_rows(1, 24)[0]["input_ids"]
-    observed = calibrate._observe(twin, ids, True, 3)[0]
+    observed = observe(twin, ids, True, 3)[0]
     with torch.no_grad():
         hidden = twin.model(ids[None], use_cache=False).last_hidden_state[0]
         p = (hidden @ twin.lm_head.weight.T).float().softmax(-1)

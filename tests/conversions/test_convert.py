@@ -18,6 +18,7 @@ from rnnzoo.conversions.convert import convert
 from rnnzoo.conversions.plan import make_plan
 from rnnzoo.conversions.recipes import load_recipe
 from rnnzoo.conversions.run import Run
+from rnnzoo.conversions.stages import calibrate as calibrate_module
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.cache import RecurrentCache
 
@@ -153,7 +154,7 @@ def test_training_helped(conversions):
 
 def test_the_same_call_again_trains_nothing(conversions, teachers, recipes, data, monkeypatch):
     out, results, _ = conversions[1]["llama", "supra"]
-    monkeypatch.setattr(convert_module._Job, "stages", None)
+    monkeypatch.setattr(convert_module.Job, "stages", None)
     assert convert(teachers["llama"], recipes["supra"], out, data=data, **SMALL) == results
     assert not list((out / ".rnnzoo").glob("student-*"))  # the model is in OUT; its float32 copy is gone
 
@@ -295,17 +296,17 @@ def test_bfloat16_is_what_is_planned_and_saved(teachers, recipes, data, tmp_path
 
 def test_progressive_calibration_keeps_what_was_trained(teachers, recipes, data, tmp_path, monkeypatch):
     """The second step sizes all windows anew, and fits features only where they are new."""
-    recipe, calibrate, seen = tmp_path / "steps.yaml", convert_module._Job._calibrate, []
+    recipe, calibrate, seen = tmp_path / "steps.yaml", calibrate_module.run, []
     recipe.write_text(yaml.safe_dump(yaml.safe_load(Path(recipes["rnnzoo"]).read_text()) | {"progressive": True}))
 
-    def spy(job, student, name, fresh):
+    def spy(job, stage, student, part):
         before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-        after, report = calibrate(job, student, name, fresh)
+        after, report = calibrate(job, stage, student, part)
         changed = {name for name, tensor in after.state_dict().items() if not torch.equal(before[name], tensor)}
-        seen.append((fresh, {name.split(".mixer.")[0] for name in changed}))
+        seen.append((part.fresh, {name.split(".mixer.")[0] for name in changed}))
         return after, report
 
-    monkeypatch.setattr(convert_module._Job, "_calibrate", spy)
+    monkeypatch.setattr(calibrate_module, "run", spy)
     results = convert(teachers["llama"], str(recipe), tmp_path / "out", data=data, state_budget=40_000, **SMALL)
     assert seen == [([0], {"model.layers.0"}), ([1], {"model.layers.1"})]
     assert all(len(row) == 2 for row in results["model"]["windows"])

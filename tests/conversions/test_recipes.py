@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from rnnzoo.conversions.prepare import keep_steps, prepare_recipe
-from rnnzoo.conversions.recipes import Recipe, Stage, list_recipes, load_recipe, parse_keep
+from rnnzoo.conversions.recipes import Recipe, list_recipes, load_recipe, parse_keep
+from rnnzoo.conversions.recipes.stages import Train
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
 
@@ -49,7 +50,7 @@ def test_a_recipe_written_out_loads_as_itself(tmp_path):
 
 def test_what_is_not_given_has_its_default(tmp_path):
     recipe = load_recipe(written(tmp_path, {k: v for k, v in GOOD.items() if k != "name"}))
-    assert recipe == Recipe(name="mine", student="supra", stages=[Stage("up", "train", share=1.0)])
+    assert recipe == Recipe(name="mine", student="supra", stages=[Train("up", share=1.0)])
 
 
 def test_yaml_numbers_without_a_point_are_numbers(tmp_path):

@@ -10,15 +10,19 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rnnzoo.conversions.data import PackedTokens, TextHashes
-from rnnzoo.conversions.recipes import Recipe, Stage
+from rnnzoo.conversions.recipes import Recipe
+from rnnzoo.conversions.recipes.stages import KINDS, Train
 from rnnzoo.conversions.stages import training
-from rnnzoo.conversions.stages.training import AlignLayers, TrainEndToEnd, is_new, next_tokens, train_stage
+from rnnzoo.conversions.stages.align import AlignLayers
+from rnnzoo.conversions.stages.train import TrainEndToEnd, next_tokens
+from rnnzoo.conversions.stages.training import is_new, train_stage
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 
 from .tiny import tiny_teacher
 
 LENGTH = 32
+LOSSES = {"kl": 0.5, "ce": 0.5, "trains": "all"}
 
 
 def some_rows(count: int = 8, documents: int = 1) -> PackedTokens:
@@ -48,18 +52,21 @@ def student_of(teacher, mixer: str = "hedgehog", keep=()):
 
 def trainer_of(cls, student, twin, folder, **stage):
     arguments = training.TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[])
-    stage = Stage("test", "train", **stage)
+    stage = Train("test", **stage)
     return cls(model=student, args=arguments, train_dataset=some_rows(), stage=stage, twin=twin)
 
 
 def train(student, twin, folder, data=None, *, per_step: int = 2, kind: str = "train", callback=None, **stage):
-    stage = Stage("test", kind, **({"share": 1.0, "lr": 1e-3, "new_lr": 1e-2} | stage))
+    trains_all = stage.get("trains") == "all"
+    stage = KINDS[kind]("test", **({"share": 1.0, "lr": 1e-3, "new_lr": 1e-2} | stage))
     return train_stage(
+        AlignLayers if kind == "align" else TrainEndToEnd,
         student,
         twin,
         stage,
         some_rows() if data is None else data,
         folder,
+        trains=is_new if kind == "align" else lambda name: trains_all or ".mixer." in name,
         batch_tokens=per_step * LENGTH,
         bf16=False,
         seed=0,
@@ -143,7 +150,9 @@ def test_accumulated_rows_are_one_batch(teacher, twin, tmp_path, kind):
 
     handle = register_optimizer_step_pre_hook(keep_gradients)
     try:
-        report = train(student, twin, tmp_path / "s", rows, per_step=4, kind=kind, kl=0.5, ce=0.5, trains="all")
+        report = train(
+            student, twin, tmp_path / "s", rows, per_step=4, kind=kind, **({} if kind == "align" else LOSSES)
+        )
     finally:
         handle.remove()
     assert report["loss_first"] == pytest.approx(loss.item(), abs=2e-4)
@@ -183,7 +192,7 @@ def test_alignment_measures_the_relative_error_of_each_mixer(teacher, twin, tmp_
 def test_only_what_the_stage_trains_changes(teacher, twin, tmp_path, mixer, kind, trains, expected):
     student = student_of(teacher, mixer, keep=[0])
     before, teacher_before = weights(student), weights(twin)
-    report = train(student, twin, tmp_path, kind=kind, trains=trains)
+    report = train(student, twin, tmp_path, kind=kind, **({} if kind == "align" else {"trains": trains}))
     assert report["tokens"] == 8 * LENGTH and report["loss_first"] > 0
     moved = changed(before, student)
     assert moved == {name for name in before if expected(name)}
@@ -278,10 +287,12 @@ def test_a_batch_larger_than_the_text_is_all_of_it(teacher, twin, tmp_path):
 
 def test_bfloat16_training_keeps_float32_weights(teacher, twin, tmp_path):
     student = student_of(teacher)
-    stage = Stage("test", "train", share=1.0)
+    stage = Train("test", share=1.0)
     rough = attention_twin(*teacher, torch.bfloat16)
-    settings = dict(batch_tokens=2 * LENGTH, seed=0, progress=lambda *_: None)
-    report = train_stage(student, rough, stage, some_rows(), tmp_path / "b", bf16=True, **settings)
+    settings = dict(trains=lambda name: ".mixer." in name, batch_tokens=2 * LENGTH, seed=0, progress=lambda *_: None)
+    report = train_stage(TrainEndToEnd, student, rough, stage, some_rows(), tmp_path / "b", bf16=True, **settings)
     assert {p.dtype for p in student.parameters()} == {torch.float32}
-    exact = train_stage(student_of(teacher), twin, stage, some_rows(), tmp_path / "f", bf16=False, **settings)
+    exact = train_stage(
+        TrainEndToEnd, student_of(teacher), twin, stage, some_rows(), tmp_path / "f", bf16=False, **settings
+    )
     assert report["loss_first"] == pytest.approx(exact["loss_first"], rel=0.05)

@@ -1,0 +1,271 @@
+"""One conversion under way: what its stages need, and their order."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..zoo.core.sizes import causal_lm_class
+from .memory import return_freed_memory
+from .prepare import keep_steps
+from .recipes import Recipe, parse_keep
+from .recipes.stages import Calibrate, TrainedStage
+from .results import write_results
+from .run import FINISHED, Run, write_json
+from .stages import run_stage
+from .student import attention_twin, build_student, continue_from, layer_types, student_config
+from .teachers import TeacherRef
+
+if TYPE_CHECKING:
+    from .stages.training import StageTrainer
+
+__all__ = ["Job", "Part", "Progress"]
+
+EVALUATION_CHARACTERS = 400_000
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one stage of a run is given.
+
+    Attributes:
+        name: of the stage within the run, also of its folder. rows: of the training text that are its own.
+        fresh: layers converted since the stage ran before, in a recipe that converts step by step.
+    """
+
+    name: str
+    rows: range
+    fresh: list[int]
+
+
+class Job:
+    """One conversion under way. Heavy things (teacher, data) are made when a stage first needs them."""
+
+    def __init__(
+        self,
+        run: Run,
+        teacher: TeacherRef,
+        recipe: Recipe,
+        data: list[str] | None,
+        text_field: str,
+        seed: int,
+        dtype: torch.dtype,
+        progress: Progress,
+    ):
+        self.run, self.teacher, self.recipe, self.seed, self.dtype = run, teacher, recipe, seed, dtype
+        self.data, self.text_field, self.progress = data, text_field, progress
+        self.ladder = False  # measure the student after each stage
+
+    # What stages need ----------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def model(self) -> Any:
+        return self.teacher.load(torch.float32)
+
+    @functools.cached_property
+    def twin(self) -> Any:
+        return attention_twin(self.teacher, self.model, self.dtype)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return self.teacher.tokenizer()
+
+    @functools.cached_property
+    def corpus(self) -> Any:
+        from .data import open_corpus
+
+        if self.data:
+            return open_corpus(self.data, self.text_field, tokenizer=self.tokenizer)
+        from .data import default_corpus
+
+        return default_corpus(
+            self.tokenizer,
+            model=self.teacher.load(self.dtype),
+            sampled_tokens=self.recipe.tokens // 2,
+            sampled_length=min(self.recipe.seq_len, 1024),
+            seed=self.seed,
+            progress=lambda done, total: self.progress("sampled text", done, total, {}),
+        )
+
+    @functools.cached_property
+    def evaluation_texts(self) -> list[str]:
+        path = self.run.folder / "evaluation_texts.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        texts, size = [], 0
+        for text in self.corpus.documents("evaluation", seed=0):
+            texts.append(text[:EVALUATION_CHARACTERS])
+            size += len(text)
+            if size >= EVALUATION_CHARACTERS:
+                break
+        write_json(path, texts)
+        return texts
+
+    def packed(self, name: str, tokens: int) -> Any:
+        """Calibration or training rows, made once and kept for a restart."""
+        from .data import PackedTokens, TextHashes, pack
+
+        folder = self.run.folder / "data"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{name}.safetensors"
+        if path.exists():
+            return PackedTokens.load(path)
+        exclude = [TextHashes.of(self.evaluation_texts, "evaluation")]
+        if name == "training":
+            exclude.append(self.packed("calibration", self.recipe.calibration_tokens).hashes)
+        rows = pack(
+            self.corpus.documents(name, seed=self.seed),
+            self.tokenizer,
+            self.recipe.seq_len,
+            tokens,
+            name=name,
+            source=self.corpus.source,
+            exclude=exclude,
+            long_documents=True,
+            progress=lambda done, total: self.progress(f"{name} text", done, total, {}),
+        )
+        rows.save(path)
+        return rows
+
+    # Stages --------------------------------------------------------------------------------------------------------
+
+    def stages(self) -> None:
+        layers = self.teacher.config.num_hidden_layers
+        steps = keep_steps(self.recipe, layers)
+        folder = self.run.student_folder()
+        student = None if folder is None else causal_lm_class(self.recipe.student).from_pretrained(folder).float()
+        self._prepare_data()
+        used = 0
+        for number, keep in enumerate(steps):
+            prefix = f"{number + 1}-" if len(steps) > 1 else ""
+            name = f"{prefix}initialise"
+            if self.run.record(name) is None:
+                self.progress(name, 0, 1, {})
+                student = self._initialise(student, parse_keep(keep, layers))
+                report = {"tokens": 0, "kept": parse_keep(keep, layers)} | self._rung(student, name)
+                if number == 0 and (found := self._held_out(self.twin, "teacher")):
+                    report["teacher_perplexity"] = found
+                self.run.finish(name, student, report)
+                self.progress(name, 1, 1, {})
+            earlier = parse_keep(steps[number - 1], layers) if number else range(layers)
+            fresh = sorted(set(earlier) - set(parse_keep(keep, layers)))
+            for stage in self.recipe.stages:
+                tokens = int(self.recipe.tokens * stage.share / len(steps))
+                rows = max(1, tokens // self.recipe.seq_len) if tokens else 0
+                part = Part(f"{prefix}{stage.name}", range(used, used + rows), fresh)
+                used += rows
+                if self.run.record(part.name) is None:
+                    if rows == 0 and isinstance(stage, TrainedStage):
+                        continue
+                    student, report = run_stage(self, stage, student, part)
+                    self.run.finish(part.name, student, report | self._rung(student, part.name))
+        assert student is not None
+        self.run.publish(student.to(self.dtype), self.tokenizer)
+        self.run.finish(FINISHED, None, {})
+
+    def _rung(self, student: Any, name: str) -> dict[str, Any]:
+        """What a stage records of the student after it."""
+        found = self._held_out(student, name)
+        names = {"value": "perplexity", "stderr": "perplexity_stderr", "tokens": "perplexity_tokens"}
+        return {names[key]: value for key, value in found.items()}
+
+    def _held_out(self, model: Any, name: str) -> dict[str, Any]:
+        if not self.ladder:
+            return {}
+        from .stages.ladder import held_out_perplexity
+
+        return held_out_perplexity(
+            model,
+            self.tokenizer,
+            self.evaluation_texts,
+            window=self.recipe.seq_len,
+            bf16=self.dtype == torch.bfloat16,
+            progress=lambda done, total: self.progress(f"{name}, held-out text", done, total, {}),
+        )
+
+    def _initialise(self, previous: Any, keep: list[int]) -> Any:
+        types = layer_types(self.teacher, self.recipe, keep)
+        config = student_config(self.teacher, self.recipe, types)
+        student = build_student(self.teacher, self.model, config, self.recipe.student, torch.float32, self.seed)
+        if previous is not None:
+            continue_from(student, previous)
+        return student
+
+    def _prepare_data(self) -> None:
+        """Makes all rows before the first stage, so that unusable text stops a run before it began."""
+        if self.recipe.tokens and any(isinstance(stage, TrainedStage) for stage in self.recipe.stages):
+            self.packed("training", self.recipe.tokens)
+        elif any(isinstance(stage, Calibrate) for stage in self.recipe.stages):
+            self.packed("calibration", self.recipe.calibration_tokens)
+
+    def train(
+        self,
+        trainer_class: type[StageTrainer],
+        student: Any,
+        stage: TrainedStage,
+        part: Part,
+        trains: Callable[[str], bool],
+    ) -> dict[str, Any]:
+        """Trains the student in place on the rows of `part`, against the twin; see `train_stage`."""
+        from .stages.training import train_stage
+
+        data = self.packed("training", self.recipe.tokens).rows(part.rows.start, len(part.rows))
+        twin = self.twin
+        self.__dict__.pop("model", None)  # in float32 and no longer needed; a later step loads it again
+        return_freed_memory()
+        return train_stage(
+            trainer_class,
+            student,
+            twin,
+            stage,
+            data,
+            self.run.folder / part.name,
+            trains=trains,
+            batch_tokens=self.recipe.batch_tokens,
+            bf16=self.dtype == torch.bfloat16,
+            seed=self.seed,
+            progress=lambda done, total, info: self.progress(part.name, done, total, info),
+        )
+
+    # Results -------------------------------------------------------------------------------------------------------
+
+    def results(self) -> dict[str, Any]:
+        """results.json with everything but the evaluation."""
+        return write_results(self.run, self.recipe, self.teacher, self.dtype, self.seed)
+
+    def _source(self, records: dict[str, Any]) -> str:
+        """What the text is; a run that neither calibrates nor trains has packed none."""
+        found = [records[name]["source"] for name in ("training", "calibration") if name in records]
+        return found[0] if found else self.corpus.source
+
+    def evaluate(self) -> dict[str, Any]:
+        from .data import TextHashes, refuse_overlap
+        from .evaluation import Dataset, evaluate
+
+        texts = self.evaluation_texts
+        hashes = TextHashes.of(texts, "evaluation")
+        for name in ("calibration", "training"):
+            if (self.run.folder / "data" / f"{name}.safetensors").exists():
+                refuse_overlap(hashes, self.packed(name, 0).hashes)
+        results = self.results()
+        record = {
+            "sha256": hashes.sha256,
+            "source": self._source(results["conversion"]["data"]),
+            "characters": sum(map(len, texts)),
+        }
+        results["conversion"]["data"]["evaluation"] = record
+        write_json(self.run.out / "results.json", results)
+        return evaluate(
+            self.run.out,
+            teacher=self.teacher,
+            datasets=[Dataset.of_texts("held-out text", texts)],
+            limits="quick",
+            dtype=self.dtype,
+            progress=self.progress,
+        )

@@ -1,0 +1,87 @@
+"""What the layers of a teacher see and what the loss asks of them, on one sequence of text.
+
+T tokens, H query heads, Hk kv heads, d head_dim, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ...zoo.core.modeling import RecurrentForCausalLM
+
+__all__ = ["Observed", "observe", "sample_rows"]
+
+ROWS = 384
+
+
+@dataclass
+class Observed:
+    """What one attention layer saw: q (T, H, d) and k, v (T, Hk, d) before rotation, gradient at the layer's output."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    turned_q: Tensor
+    turned_k: Tensor
+    gradient: Tensor
+    output_weight: Tensor
+
+
+def observe(twin: RecurrentForCausalLM, ids: Tensor, with_gradient: bool, seed: int) -> list[Observed]:
+    """Runs the twin over ids (T,); the gradient is of the loss on labels drawn from its own predictions."""
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    hooks = []
+    for block in twin.model.layers:
+        hooks.append(block.mixer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach())))
+        hooks.append(block.mixer.proj.o_proj.register_forward_hook(lambda _, args, out: _keep(out, outputs)))
+    try:
+        embedded = twin.model.embed_tokens(ids[None]).detach().requires_grad_(with_gradient)
+        with torch.set_grad_enabled(with_gradient):
+            hidden = twin.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            if with_gradient:
+                hidden.backward(_sampled_gradient(twin, hidden.detach()[0], seed)[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ctx = twin.model.make_context(1, len(ids), ids.device)
+    layers = []
+    with torch.no_grad():
+        for block, hidden, output in zip(twin.model.layers, inputs, outputs, strict=True):
+            q, k, v = block.mixer.proj.split(hidden)
+            turned_q, turned_k = (ctx.rotary.rotate(x, ctx.positions) for x in (q, k))
+            gradient = output.grad[0].float() if output.grad is not None else torch.ones_like(output[0]).float()
+            heads = [x[0].float() for x in (q, k, v, turned_q, turned_k)]
+            layers.append(Observed(*heads, gradient, block.mixer.proj.o_proj.weight.float()))
+    return layers
+
+
+def _keep(output: Tensor, outputs: list[Tensor]) -> None:
+    if output.requires_grad:
+        output.retain_grad()
+    outputs.append(output)
+
+
+@torch.no_grad()
+def _sampled_gradient(twin: RecurrentForCausalLM, hidden: Tensor, seed: int) -> Tensor:
+    """Gradient at hidden (T, D) of the cross-entropy on labels drawn from the model: its square is the Fisher's."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = twin.lm_head.weight
+    gradient = torch.empty_like(hidden)
+    for rows in torch.arange(len(hidden)).split(256):
+        p = torch.softmax((hidden[rows] @ weight.T).float(), -1)
+        level = torch.rand(len(rows), 1, generator=generator)
+        drawn = torch.searchsorted(p.cumsum(-1), level).clamp(max=p.shape[-1] - 1)
+        gradient[rows] = p.scatter_add(1, drawn, -torch.ones_like(level)).to(weight.dtype) @ weight
+    return gradient
+
+
+def sample_rows(time: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    count = min(ROWS, time)
+    return torch.randperm(time, generator=generator)[:count].sort().values
