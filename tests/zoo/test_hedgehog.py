@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.cache import RecurrentCache
 from rnnzoo.zoo.core.configuration import RecurrentConfig
 from rnnzoo.zoo.core.modeling import RecurrentForCausalLM
+from rnnzoo.zoo.core.sizes import state_bytes
 from rnnzoo.zoo.core.rotary import Rotary, RotaryFrequencies
 from rnnzoo.zoo.hedgehog.configuration_hedgehog import HedgehogConfig
 from rnnzoo.zoo.hedgehog.modeling_hedgehog import HedgehogForCausalLM, HedgehogMixer
@@ -188,6 +190,39 @@ def test_without_features_it_is_a_window_with_sinks():
     torch.testing.assert_close(model(ids).logits, sliding.eval()(ids).logits, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("branch", ["window", "linear"])
+@pytest.mark.parametrize("feature_map", ["softmax", "prototype"])
+@torch.no_grad()
+def test_one_branch_alone_is_a_model_that_has_no_other(feature_map, branch):
+    """At once and token by token; and afterwards the mixer is whole again."""
+    changes = {"window_sizes": [[3, 7]], "num_sinks": 2, "feature_width": 4, "feature_map": feature_map}
+    model, ids = model_of(**changes), torch.randint(0, 61, (2, 20))
+    mixer, whole = model.model.layers[0].mixer, model(ids).logits
+    changes |= {"feature_width": 0} if branch == "window" else {"window_sizes": [[1, 1]], "num_sinks": 0}
+    alone = HedgehogForCausalLM(config_of(**changes)).double().eval()
+    maps = ("query_map", "key_map", "query_bias") if branch == "window" else ()
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(maps or "\0")}
+    alone.load_state_dict(own, strict=False)
+    expected = alone(ids).logits
+    with mixer.only(branch):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-9, atol=1e-9)
+        cache, steps = RecurrentCache(model.config), []
+        for token in ids.split(1, 1):
+            steps.append(model(token, past_key_values=cache, use_cache=True).logits)
+        torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(expected, whole)
+    assert torch.equal(model(ids).logits, whole)
+
+
+def test_an_unknown_branch_is_refused():
+    model = model_of(window_size=3, num_sinks=0, feature_width=4)
+    with (
+        pytest.raises(RnnzooError, match="no branch 'both'; it has window, linear"),
+        model.model.layers[0].mixer.only("both"),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("feature_map", ["softmax", "prototype"])
 def test_every_parameter_has_a_gradient(feature_map):
     model = model_of(feature_map=feature_map, window_size=4, num_sinks=1, feature_width=4).train()
@@ -215,4 +250,36 @@ def test_large_activations_stay_finite():
 )
 def test_wrong_fields_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
+        config_of(**changes)
+
+
+@pytest.mark.parametrize("feature_map", ["prototype", "softmax"])
+@pytest.mark.parametrize("bits", [None, [8, 4]])
+def test_layers_of_different_feature_widths_decode_as_they_read(feature_map, bits):
+    """A layer without features among them; the cache has as many bytes as the sizes say."""
+    changes = {"num_hidden_layers": 3, "window_sizes": [[3, 5], [1, 2], [4, 4]], "feature_widths": [0, 6, 2]}
+    model = model_of(feature_map=feature_map, ring_bits=bits, **changes)
+    model = model if bits is None else model.float()
+    assert [block.mixer.key_map.shape[-1] for block in model.model.layers] == (
+        [0, 6, 2] if feature_map == "prototype" else [0, 3, 1]
+    )
+    ids, cache, steps = torch.randint(0, 61, (2, 30)), RecurrentCache(model.config), []
+    with torch.no_grad():
+        whole = model(ids).logits
+        for token in ids.split(1, 1):
+            steps.append(model(token, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
+    assert 2 * state_bytes(model.config, model.dtype) == sum(state.num_bytes() for state in cache.states)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feature_widths": [4, 4]}, "feature_widths has 2 entries"),
+        ({"feature_widths": [-2]}, "0 or more"),
+        ({"feature_widths": [3], "feature_map": "softmax"}, "must be even"),
+    ],
+)
+def test_feature_widths_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(Exception, match=message):
         config_of(**changes)

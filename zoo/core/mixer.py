@@ -5,8 +5,9 @@ B batch, T time, D hidden_size, H query heads, Hk key/value heads, d head_dim.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +37,18 @@ class AttentionWeights:
     o_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+
+    def repeated(self) -> AttentionWeights:
+        """The same layer with as many key/value heads as query heads, each repeated for the queries of its group."""
+        groups = self.num_heads // self.num_kv_heads
+        if groups == 1:
+            return self
+        wider: dict[str, Any] = {"num_kv_heads": self.num_heads}
+        for name in ("k", "v", "k_bias", "v_bias"):
+            x = getattr(self, name)
+            if x is not None:
+                wider[name] = x.unflatten(0, (-1, self.head_dim)).repeat_interleave(groups, 0).flatten(0, 1)
+        return dataclasses.replace(self, **wider)
 
 
 @dataclasses.dataclass
@@ -141,6 +154,7 @@ class Mixer(SelfInitialised):
         kernel: folder of kernels/ whose recurrence it runs. paper: authors, year and arXiv number or venue.
         columns: arguments of the model, (B, T) bool, that it makes use of besides the tokens ("prefix_mask").
         complexity: of a forward pass in the number of tokens T, of the layer's memory while decoding after a slash.
+        branches: the parts whose sum the output is, where there are several, such as ("window", "linear").
     """
 
     layer_type: str = ""
@@ -148,6 +162,7 @@ class Mixer(SelfInitialised):
     paper: str = ""
     columns: tuple[str, ...] = ()
     complexity: str = "T / 1"
+    branches: tuple[str, ...] = ()
 
     def __init__(self, config: RecurrentConfig, layer_idx: int):
         super().__init__()
@@ -167,6 +182,18 @@ class Mixer(SelfInitialised):
         """A module that all layers of this type share; the model makes it once and gives it as `ctx.shared`."""
         return None
 
+    @contextlib.contextmanager
+    def only(self, branch: str) -> Iterator[None]:
+        """Within the block, one of `branches` works alone; states are not those of the whole mixer.
+
+        Raises:
+            RnnzooError: the mixer has no such branch.
+        """
+        raise RnnzooError(
+            f"A '{self.layer_type}' layer has no branch {branch!r}; it has {', '.join(self.branches) or 'none'}."
+        )
+        yield
+
     def init_from_attention(self, weights: AttentionWeights) -> None:
         """Starts this mixer from a teacher's attention layer.
 
@@ -174,3 +201,13 @@ class Mixer(SelfInitialised):
             RnnzooError: this mixer has no such start, or the sizes do not fit.
         """
         raise RnnzooError(f"A '{self.layer_type}' layer cannot be started from an attention layer.")
+
+    def mixing_matrix(self, hidden: Tensor, ctx: Context) -> Tensor:
+        """The matrix M of the sequence hidden (B, T, D), seen from its first token: (B, H, T, T), gradients included.
+
+        Row t holds the weights with which a head's output at t, before norms and gates, sums the values up to t.
+
+        Raises:
+            RnnzooError: this mixer's output is no such sum.
+        """
+        raise RnnzooError(f"A '{self.layer_type}' layer has no mixing matrix.")

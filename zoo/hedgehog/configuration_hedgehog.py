@@ -22,6 +22,7 @@ class HedgehogConfig(RecurrentConfig):
         feature_map: "softmax": phi(x) = [softmax(xW), softmax(-xW)] of the rotated heads (Hedgehog, LoLCATs);
             "prototype": phi(k) = exp(k C), phi(q) = softmax(qU + b) * exp(a) of the heads before rotation.
         feature_width: width of phi, 0 for no linear state; None: 2 * head_dim.
+        feature_widths: per layer, the width of phi; overrides `feature_width`. Layers of other types: any number.
         ring_bits: bits, 4 or 8, of the keys and of the values in window and sinks, in blocks that share a power of
             two (see `kernels/microscaling.py`); None: they keep the type of the activations.
     """
@@ -35,6 +36,7 @@ class HedgehogConfig(RecurrentConfig):
     sink_distance: int | None = None
     feature_map: str = "softmax"
     feature_width: int | None = None
+    feature_widths: list[int] | None = None
     ring_bits: list[int] | None = None
 
     @staticmethod
@@ -45,8 +47,11 @@ class HedgehogConfig(RecurrentConfig):
             config.sink_distance = config.max_position_embeddings
         if config.feature_map not in ("softmax", "prototype"):
             raise ValueError(f"feature_map must be 'softmax' or 'prototype', got {config.feature_map!r}.")
-        if config.feature_map == "softmax" and config.feature_width % 2:
-            raise ValueError(f"feature_width must be even for softmax features, got {config.feature_width}.")
+        widths = [config.feature_width] if config.feature_widths is None else config.feature_widths
+        if any(width < 0 for width in widths):
+            raise ValueError(f"A feature width must be 0 or more, got {min(widths)}.")
+        if config.feature_map == "softmax" and (odd := [width for width in widths if width % 2]):
+            raise ValueError(f"feature_width must be even for softmax features, got {odd[0]}.")
         if config.ring_bits is not None and (
             len(config.ring_bits) != 2 or not set(config.ring_bits) <= {4, 8} or config.head_dim % 2
         ):
@@ -54,8 +59,9 @@ class HedgehogConfig(RecurrentConfig):
                 "ring_bits must be two numbers of 4 or 8, of keys and of values, and head_dim even; got "
                 f"ring_bits={config.ring_bits}, head_dim={config.head_dim}."
             )
-        if config.window_sizes is not None and len(config.window_sizes) != config.num_hidden_layers:
-            raise ValueError(
-                f"window_sizes has {len(config.window_sizes)} entries, but num_hidden_layers is "
-                f"{config.num_hidden_layers}."
-            )
+        for name in ("window_sizes", "feature_widths"):
+            per_layer = getattr(config, name)
+            if per_layer is not None and len(per_layer) != config.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(per_layer)} entries, but num_hidden_layers is {config.num_hidden_layers}."
+                )

@@ -14,10 +14,13 @@ Without rotation the linear part does not know positions, so it holds at any len
 With `ring_bits`, keys and values are rounded to 4 or 8 bits as soon as they are made, and kept so: the window is two or
 three times as long in the same bytes.
 
-B batch, T time, D hidden_size, H query heads, Hk kv heads, d head_dim, F feature_width, R ring rows.
+B batch, T time, D hidden_size, H query heads, Hk kv heads, d head_dim, F feature width, R ring rows.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -51,14 +54,16 @@ class HedgehogMixer(Mixer):
 
     kernel = "gated_linear_attention"
     paper = "Zhang et al. 2024, arXiv 2402.04347"
+    branches = ("window", "linear")
 
     def __init__(self, config: HedgehogConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.proj = AttentionProjections(config)
         heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         sizes = config.window_sizes[layer_idx] if config.window_sizes else [config.window_size] * kv_heads
-        self.lengths = tuple(sizes)
-        self.features = config.feature_width
+        self.lengths, self.sinks = tuple(sizes), config.num_sinks
+        self.linear_off = False  # see `only`
+        self.features = config.feature_widths[layer_idx] if config.feature_widths else config.feature_width
         self.prototypes = config.feature_map == "prototype"
         self.bits = config.ring_bits
         columns = self.features if self.prototypes else self.features // 2
@@ -89,8 +94,23 @@ class HedgehogMixer(Mixer):
     def init_from_attention(self, weights: AttentionWeights) -> None:
         self.proj.load(weights)
 
+    @contextlib.contextmanager
+    def only(self, branch: str) -> Iterator[None]:
+        """ "window": window and sinks; "linear": the linear state, and of the window the current token."""
+        if branch not in self.branches:
+            with super().only(branch):
+                yield
+        before = self.lengths, self.sinks
+        if branch == "linear":
+            self.lengths, self.sinks = (1,) * len(self.lengths), 0
+        self.linear_off = branch == "window"
+        try:
+            yield
+        finally:
+            (self.lengths, self.sinks), self.linear_off = before, False
+
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> HedgehogState | PackedHedgehogState:
-        width, sinks, heads = self.proj.head_dim, self.config.num_sinks, len(self.lengths)
+        width, sinks, heads = self.proj.head_dim, self.sinks, len(self.lengths)
         if self.bits is None:
             sizes = self.lengths, sinks, width, self.features, width
             return HedgehogState(WindowState.zeros(batch, *sizes, dtype=dtype, device=device))
@@ -101,9 +121,11 @@ class HedgehogMixer(Mixer):
     def _query_features(self, q: Tensor) -> Tensor:
         """(B, T, H, d) -> (B, T, H, F)."""
         logits = _accurate(torch.einsum("bthd,hdf->bthf", q, self.query_map.to(q.dtype)))
-        if not self.prototypes:
-            return torch.cat([logits.softmax(-1), (-logits).softmax(-1)], -1)
-        return (logits + self.query_bias).softmax(-1) * self.log_scale.exp()[:, None]
+        if self.prototypes:
+            features = (logits + self.query_bias).softmax(-1) * self.log_scale.exp()[:, None]
+        else:
+            features = torch.cat([logits.softmax(-1), (-logits).softmax(-1)], -1)
+        return features * 0 if self.linear_off else features
 
     def _key_features(self, k: Tensor) -> Tensor:
         """(B, T, Hk, d) -> (B, T, Hk, F)."""
@@ -160,7 +182,7 @@ class HedgehogMixer(Mixer):
                 v[:, 0],
                 memory,
                 lengths=self.lengths,
-                sinks=self.config.num_sinks,
+                sinks=self.sinks,
                 far=None if sink_q is None else sink_q[:, 0],
                 leaving=self._leaving_features(memory, ctx, v.dtype),
                 g=log_decay,
@@ -177,7 +199,7 @@ class HedgehogMixer(Mixer):
             q=turned_q,
             k=turned_k,
             lengths=self.lengths,
-            sinks=self.config.num_sinks,
+            sinks=self.sinks,
             q_sink=sink_q,
             factor=factor,
             anchor=anchor,
