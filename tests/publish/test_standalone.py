@@ -30,6 +30,10 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "hedgehog-hybrid": ("hedgehog", {"layer_types": ["hedgehog", "full_attention", "sliding_attention"]} | WINDOW),
     "hedgehog-packed": ("hedgehog", WINDOW | {"feature_map": "prototype", "feature_width": 4, "ring_bits": [8, 4]}),
     "hedgehog-long": ("hedgehog", WINDOW | {"window_sizes": [[3, 7], [70, 2]], "sink_distance": 9, "head_dim": 16}),
+    "hedgehog-widths": (
+        "hedgehog",
+        WINDOW | {"feature_map": "prototype", "feature_widths": [0, 3], "ring_bits": [8, 4]},
+    ),
     "gla-bare": ("gla", {"norm_type": "layer", "logit_cap": 5.0, "embedding_scale": 2.0, "qk_norm": True}),
 }
 VARIANTS["mamba2-hybrid"][1].update(sliding_window=6, num_hidden_layers=3)

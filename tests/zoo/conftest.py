@@ -38,6 +38,8 @@ TINY["s4"] = {"s4_state_size": 6}
 TINY["lssl"] = {"s4_state_size": 5, "lssl_outputs": 2}
 # A variant of a mixer is its name, a colon, and what is different. Keys and values in few bits:
 TINY["hedgehog:rings"] = TINY["hedgehog"] | {"ring_bits": [8, 4]}
+# Features in one layer, windows alone in the other:
+TINY["hedgehog:widths"] = TINY["hedgehog"] | {"feature_widths": [0, 4], "ring_bits": [8, 4]}
 # As a student of attention, with norms of either kind:
 TINY["mamba:groups"] = {"mamba_inner_size": 32, "mamba_state_size": 8, "mamba_groups": 4, "mamba_kv_groups": 2}
 TINY["mamba:groups"] |= {"attention_bias": True, "qk_norm": True, "mamba_norm_eps": 1e-6}
