@@ -17,7 +17,7 @@ from ...kernels.errors import RnnzooError
 from .configuration import RecurrentConfig
 from .rotary import Rotary
 
-__all__ = ["AttentionWeights", "BlockState", "Context", "Mixer", "MixerState", "SelfInitialised"]
+__all__ = ["AttentionWeights", "BlockState", "Context", "Mixer", "MixerState", "SelfInitialised", "shared_decay"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +202,17 @@ class Mixer(SelfInitialised):
         """
         raise RnnzooError(f"A '{self.layer_type}' layer cannot be started from an attention layer.")
 
+    def set_decay(self, log_decay: Tensor) -> None:
+        """Starts every head with the decay of log_decay (H,) < 0, natural log per step and teacher's query head.
+
+        A mixer overrides it that has a decay of its own, whatever the tokens are, in a parameter. Heads that share a
+        state take the geometric mean (`shared_decay`).
+
+        Raises:
+            RnnzooError: this mixer has no such decay.
+        """
+        raise RnnzooError(f"A '{self.layer_type}' layer has no decay to set.")
+
     def mixing_matrix(self, hidden: Tensor, ctx: Context) -> Tensor:
         """The matrix M of the sequence hidden (B, T, D), seen from its first token: (B, H, T, T), gradients included.
 
@@ -211,3 +222,10 @@ class Mixer(SelfInitialised):
             RnnzooError: this mixer's output is no such sum.
         """
         raise RnnzooError(f"A '{self.layer_type}' layer has no mixing matrix.")
+
+
+def shared_decay(log_decay: Tensor, heads: int) -> Tensor:
+    """log decays (H,) of query heads -> (heads,): the geometric mean of the groups, or each repeated."""
+    if heads >= len(log_decay):
+        return log_decay.repeat_interleave(heads // len(log_decay))
+    return -(-log_decay).log().view(heads, -1).mean(-1).exp()

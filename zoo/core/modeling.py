@@ -146,6 +146,13 @@ class RecurrentModel(RecurrentPreTrainedModel):
         """The context of a call without a cache, for running single layers (alignment, tests)."""
         return self.context(mask, lay_out(None, mask, seq_ids, False, (batch, time), device))
 
+    def enter(self, embedded: Tensor) -> Tensor:
+        """What the first block is given of embedded tokens (B, T, D), in a model without temporal perspectives."""
+        hidden = embedded if self.embedding_norm is None else self.embedding_norm(embedded)
+        if self.config.embedding_scale is not None:
+            hidden = hidden * torch.tensor(self.config.embedding_scale, dtype=hidden.dtype, device=hidden.device)
+        return hidden
+
     @can_return_tuple
     def forward(
         self,
@@ -183,11 +190,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise RnnzooError("Give either input_ids or inputs_embeds.")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.embedding_norm is not None:
-            hidden = self.embedding_norm(hidden)
-        if self.config.embedding_scale is not None:
-            hidden = hidden * torch.tensor(self.config.embedding_scale, dtype=hidden.dtype, device=hidden.device)
+        hidden = self.enter(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         shape, device = (hidden.shape[0], hidden.shape[1]), hidden.device
         mask = padding_mask(attention_mask, *shape)
         ids = seq_ids if seq_ids is not None else seq_idx

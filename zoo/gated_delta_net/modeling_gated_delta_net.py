@@ -26,7 +26,7 @@ from ...kernels.errors import RnnzooError
 from ..core.attention import FullAttention
 from ..core.delta import DeltaMixer, DeltaSizes, init_decay
 from ..core.layers import NORMS
-from ..core.mixer import AttentionWeights
+from ..core.mixer import AttentionWeights, shared_decay
 from ..core.modeling import model_classes
 from ..core.registry import register_mixer
 from .configuration_gated_delta_net import GatedDeltaNetConfig
@@ -62,6 +62,10 @@ class GatedDeltaNetMixer(DeltaMixer):
         a = self.a_proj(hidden)
         wide = torch.promote_types(a.dtype, torch.float32)
         return (-self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias.to(wide)))[..., None]
+
+    @torch.no_grad()
+    def set_decay(self, log_decay: Tensor) -> None:
+        self.A_log.copy_((-shared_decay(log_decay, self.sizes.v_heads) / F.softplus(self.dt_bias)).log())
 
     def gate(self, hidden: Tensor) -> Tensor | None:
         return None if self.g_proj is None else self.g_proj(hidden)

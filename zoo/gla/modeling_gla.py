@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..core.layers import RMSNorm
 from ..core.linear import LinearMixer
+from ..core.mixer import shared_decay
 from ..core.modeling import model_classes
 from ..core.registry import register_mixer
 from .configuration_gla import GLAConfig
@@ -48,6 +49,12 @@ class GLAMixer(LinearMixer):
         logits = self.forget_up(self.forget_down(hidden)).unflatten(-1, (self.proj.num_kv_heads, -1))
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.logsigmoid(wide) / self.config.gla_gate_divisor
+
+    @torch.no_grad()
+    def set_decay(self, log_decay: Tensor) -> None:
+        log_alpha = self.config.gla_gate_divisor * shared_decay(log_decay, self.proj.num_kv_heads)
+        bias = log_alpha - torch.log(-torch.expm1(log_alpha))  # the inverse of logsigmoid
+        self.forget_up.bias.copy_(bias.repeat_interleave(self.proj.key_width))
 
     def output(self, o: Tensor, hidden: Tensor) -> Tensor:
         return self.norm(o).flatten(-2) * F.silu(self.output_gate(hidden))

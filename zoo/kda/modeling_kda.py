@@ -29,7 +29,7 @@ from transformers import initialization as init
 from ..core.attention import FullAttention
 from ..core.delta import DeltaMixer, DeltaSizes, init_decay
 from ..core.layers import RMSNorm
-from ..core.mixer import Context, Mixer, SelfInitialised
+from ..core.mixer import Context, Mixer, SelfInitialised, shared_decay
 from ..core.modeling import model_classes
 from ..core.registry import register_mixer
 from .configuration_kda import KDAConfig
@@ -62,6 +62,12 @@ class KDAMixer(DeltaMixer):
         wide = torch.promote_types(f.dtype, torch.float32)
         rate = F.softplus(f.to(wide) + self.dt_bias.to(wide)).unflatten(-1, (self.sizes.v_heads, -1))
         return -self.A_log.to(wide).exp()[:, None] * rate
+
+    @torch.no_grad()
+    def set_decay(self, log_decay: Tensor) -> None:
+        """Of the head's mean over its channels, which keep their ratios."""
+        rate = F.softplus(self.dt_bias).unflatten(0, (self.sizes.v_heads, -1)).mean(-1)
+        self.A_log.copy_((-shared_decay(log_decay, self.sizes.v_heads) / rate).log())
 
     def gate(self, hidden: Tensor) -> Tensor:
         return self.g_b_proj(self.g_a_proj(hidden))

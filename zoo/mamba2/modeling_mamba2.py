@@ -25,9 +25,9 @@ from transformers import initialization as init
 
 from ..core.attention import copy_weight
 from ..core.layers import RMSNorm
-from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
+from ..core.mixer import AttentionWeights, Context, Mixer, MixerState, shared_decay
 from ..core.modeling import model_classes
-from ..core.recurrences import convolve, linear_attention
+from ..core.recurrences import convolve, linear_attention, linear_attention_matrix
 from ..core.registry import register_mixer
 from .configuration_mamba2 import Mamba2Config
 
@@ -123,33 +123,41 @@ class Mamba2Mixer(Mixer):
         for norm, name in ((self.b_norm, "k_norm"), (self.c_norm, "q_norm")):
             copy_weight(None if norm is None else norm.weight, getattr(weights, name), name, 1.0)
 
+    @torch.no_grad()
+    def set_decay(self, log_decay: Tensor) -> None:
+        """By A; dt, which is also the weight of the input, stays."""
+        self.A_log.copy_((-shared_decay(log_decay, self.heads) / F.softplus(self.dt_bias)).log())
+
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Mamba2State:
         conv = torch.zeros(batch, sum(self.conv_widths), self.config.ssm_conv_kernel - 1, device=device, dtype=dtype)
         shape = (batch, self.heads, self.state_size, self.head_dim)
         return Mamba2State(conv, torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32)))
 
-    def forward(self, hidden: Tensor, state: Mamba2State | None, ctx: Context):
+    def _inputs(self, hidden: Tensor, state: Mamba2State | None, ctx: Context):
+        """z (B, T, H P), x (B, T, H, P), B and C (B, T, H, N), dt (B, T, H, 1), dt A, and the convolution's state."""
         z, xbc, dt = self.in_proj(hidden).split([self.heads * self.head_dim, sum(self.conv_widths), self.heads], -1)
         if self.b_norm is not None:
             xbc = self._norm_bc(xbc)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         xbc, conv = convolve(xbc, weight, bias, None if state is None else state.conv, ctx, activation="silu")
         x, b, c = xbc.split(self.conv_widths, -1)
-        x = self._to_heads(x, self.x_heads)
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         if self.config.ssm_time_step_limit is not None:
             dt = dt.clamp(*self.config.ssm_time_step_limit)
-        dt = dt[..., None]  # (B, T, H, 1)
-        y, s = linear_attention(
-            self._to_heads(c, self.c_groups),
-            self._to_heads(b, self.b_groups),
-            (x * dt).to(x.dtype),
-            -dt * self.A_log.to(wide).exp()[:, None],
-            None if state is None else state.s,
-            ctx,
-            scale=1.0,
-        )
+        dt = dt[..., None]
+        x, b, c = self._to_heads(x, self.x_heads), self._to_heads(b, self.b_groups), self._to_heads(c, self.c_groups)
+        return z, x, b, c, dt, -dt * self.A_log.to(wide).exp()[:, None], conv
+
+    def mixing_matrix(self, hidden: Tensor, ctx: Context) -> Tensor:
+        _, _, b, c, dt, log_decay, _ = self._inputs(hidden, None, ctx)
+        m = linear_attention_matrix(c, b, log_decay, ctx, scale=1.0) * dt.permute(0, 2, 3, 1).to(c.dtype)
+        return m + self.D.to(m.dtype)[:, None, None] * torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
+
+    def forward(self, hidden: Tensor, state: Mamba2State | None, ctx: Context):
+        z, x, b, c, dt, log_decay, conv = self._inputs(hidden, state, ctx)
+        before = None if state is None else state.s
+        y, s = linear_attention(c, b, (x * dt).to(x.dtype), log_decay, before, ctx, scale=1.0)
         y = (y + x * self.D.to(x.dtype)[:, None]).flatten(-2)
         return self.out_proj(self.norm(y, z)), None if state is None else Mamba2State(conv, s)
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..core.mixer import AttentionWeights, Context
+from ..core.mixer import AttentionWeights, Context, shared_decay
 from ..core.modeling import model_classes
 from ..core.recurrences import linear_attention
 from ..core.registry import register_channel_mixer, register_mixer
@@ -47,6 +47,11 @@ class DataDependentShift(nn.Module):
         self.mix = nn.Parameter(torch.zeros(5, width))
         self.down = nn.Linear(width, 5 * rank, bias=False)
         self.up = nn.Parameter(torch.zeros(5, rank, width))
+
+    @torch.no_grad()
+    def set_decay(self, log_decay: Tensor) -> None:
+        rate = -shared_decay(log_decay, self.heads)
+        self.decay.up.bias.copy_(rate.log().repeat_interleave(self.key_width))
 
     def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, ...]:
         low = torch.tanh(self.down(mix(x, before, self.mix_x, False))).unflatten(-1, (5, self.rank))

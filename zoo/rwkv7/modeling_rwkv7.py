@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..core.mixer import AttentionWeights, Context
+from ..core.mixer import AttentionWeights, Context, shared_decay
 from ..core.modeling import model_classes
 from ..core.recurrences import delta
 from ..core.registry import register_channel_mixer, register_mixer
@@ -111,6 +111,12 @@ class RWKV7Mixer(HeadedMixer):
         up = self.gate.up.weight
         up.add_(2 / up.shape[1] - up.mean(1, keepdim=True))
         self.gate.down.weight.zero_()
+
+    @torch.no_grad()
+    def set_decay(self, log_decay: Tensor) -> None:
+        """At most exp(-1/2) a step, the fastest that there is, but for a thousandth."""
+        share = (-shared_decay(log_decay, self.heads) * math.exp(0.5)).clamp(max=0.999)
+        self.decay.up.bias.copy_(share.logit().repeat_interleave(self.key_width))
 
     def forward(self, hidden: Tensor, state: HeadedState | None, ctx: Context):
         before, last = shift(hidden, None if state is None else state.x, ctx)

@@ -29,7 +29,7 @@ from transformers import initialization as init
 from ...kernels.steps import document_starts
 from ..core.attention import AttentionProjections
 from ..core.layers import GroupedNorm
-from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
+from ..core.mixer import AttentionWeights, Context, Mixer, MixerState, shared_decay
 from ..core.modeling import model_classes
 from ..core.recurrences import linear_attention
 from ..core.registry import register_mixer
@@ -80,6 +80,15 @@ class xLSTMMixer(Mixer):
             ShapeError: keys are not as wide as the teacher's (`xLSTMConfig.student_fields`), or other sizes differ.
         """
         self.proj.load(weights)
+
+    @torch.no_grad()
+    def set_decay(self, log_decay: Tensor) -> None:
+        """By the bias of the forget gate, within its cap."""
+        log_f = shared_decay(log_decay, self.proj.num_kv_heads)
+        bias = log_f - torch.log(-torch.expm1(log_f))  # the inverse of logsigmoid
+        if (cap := self.config.xlstm_gate_cap) is not None:
+            bias = cap * torch.atanh((bias / cap).clamp(-0.999, 0.999))
+        self.f_proj.bias.copy_(bias)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> xLSTMState:
         heads, wide = self.proj.num_kv_heads, torch.promote_types(dtype, torch.float32)
