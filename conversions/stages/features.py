@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ...zoo.core.modeling import RecurrentForCausalLM
     from ..data import PackedTokens
 
-__all__ = ["fit_features"]
+__all__ = ["fit_features", "fit_head"]
 
 
 @torch.no_grad()
@@ -45,14 +45,20 @@ def fit_features(
         chosen = only is None or number in only
         if chosen and isinstance(mixer, HedgehogMixer) and mixer.prototypes and mixer.features:
             for head in range(layer.k.shape[1]):
-                _fit_head(mixer, layer, head, rotation, seed)
+                fit_head(mixer, layer, head, rotation, seed)
 
 
-def _fit_head(mixer, layer: Observed, head: int, rotation: tuple[Tensor, float], seed: int) -> None:
+def fit_head(mixer, layer: Observed, head: int, rotation: tuple[Tensor, float], seed: int) -> None:
+    """Sets prototypes, decay and scale of one kv head of a mixer, in place; see the head of this file.
+
+    Args:
+        mixer: a HedgehogMixer with prototypes; its `lengths`, `sinks` and `features` say what is fitted.
+        rotation: frequencies and factor, as `Rotary.get` gives them.
+    """
     time, kv_heads, width = layer.k.shape
     groups = layer.q.shape[1] // kv_heads
     queries = slice(head * groups, (head + 1) * groups)
-    window, sinks = mixer.lengths[head], mixer.config.num_sinks
+    window, sinks = mixer.lengths[head], mixer.sinks
     rows = sample_rows(time, seed)
     rows = rows[rows >= window + sinks]
     if not len(rows):
@@ -98,9 +104,9 @@ def _k_means(points: Tensor, centres: int, seed: int, steps: int = 10) -> Tensor
     chosen = points[order[torch.arange(centres) % len(points)]].clone()
     for _ in range(steps):
         nearest = torch.cdist(points, chosen).argmin(-1)
-        for i in range(centres):
-            if bool((nearest == i).any()):
-                chosen[i] = points[nearest == i].mean(0)
+        member = torch.nn.functional.one_hot(nearest, centres).to(points.dtype)
+        count = member.sum(0)[:, None]
+        chosen = torch.where(count > 0, member.T @ points / count.clamp(min=1), chosen)
     return chosen
 
 
