@@ -108,21 +108,22 @@ def _checked(cls: type, raw: Any, where: str) -> Any:
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 raise RnnzooError(f"{where} lacks the key {name!r}.")
             continue
-        value = raw[name]
-        if field.type == "float" and isinstance(value, str):
+        value, kind = raw[name], str(field.type).removesuffix(" | None")
+        if value is None and kind != field.type:
+            continue
+        if kind == "float" and isinstance(value, str):
             with contextlib.suppress(ValueError):
                 value = float(value)  # YAML reads 1e-4, without a point, as text
-        if field.type in ("float", "int") and isinstance(value, int | float) and not isinstance(value, bool):
+        if kind in ("float", "int") and isinstance(value, int | float) and not isinstance(value, bool):
             if not math.isfinite(value):
                 raise RnnzooError(f"{where}: {name} is {value!r}; expected a finite number.")
-            if field.type == "int" and value != int(value):
+            if kind == "int" and value != int(value):
                 raise RnnzooError(f"{where}: {name} is {value!r}; expected a whole number.")
-            raw[name] = float(value) if field.type == "float" else int(value)
+            raw[name] = float(value) if kind == "float" else int(value)
             continue
-        expected = {"str": str, "bool": bool, "dict[str, Any]": dict, "list[Stage]": list}.get(str(field.type))
-        if field.type == "int | None" and (value is None or (isinstance(value, int) and not isinstance(value, bool))):
-            continue
-        if expected is None or not isinstance(value, expected):
+        expected = {"str": str, "bool": bool, "dict[str, Any]": dict}.get(kind, list)
+        names = kind != "list[str]" or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+        if not isinstance(value, expected) or not names:
             raise RnnzooError(f"{where}: {name} is {value!r}; expected {field.type}.")
     return cls(**raw)
 
