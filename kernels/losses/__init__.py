@@ -2,10 +2,11 @@
 
     linear_cross_entropy:  -log softmax(h W^T + b)[label]  (+ z_loss * logsumexp^2)
     linear_kl:             KL( softmax(t T^T / temperature) || softmax(s S^T / temperature) ) * temperature^2
+    linear_top_kl:         the same at temperature 1, from K log-probabilities a token and the mass of all others
 
-N tokens, D width, V vocabulary. Logits are formed `chunk_size` tokens at a time; the gradients are computed in the same
-pass and only scaled later, so peak memory is a few chunks of logits whatever N. Products run in the hidden states'
-dtype, the softmax in float32 (float64 for float64 inputs).
+N tokens, D width, V vocabulary, K < V kept classes. Logits are formed `chunk_size` tokens at a time; the gradients are
+computed in the same pass and only scaled later, so peak memory is a few chunks of logits whatever N. Products run in
+the hidden states' dtype, the softmax in float32 (float64 for float64 inputs).
 Sources: Hinton et al. 2015 (temperature), PaLM 2022 (z loss), Wijmans et al. 2024 and Liger kernels 2024 (chunks).
 """
 
@@ -18,7 +19,7 @@ from .. import gpu, native
 from ..dispatch import dispatch, register
 from ..errors import RnnzooError, ShapeError
 
-__all__ = ["linear_cross_entropy", "linear_kl"]
+__all__ = ["linear_cross_entropy", "linear_kl", "linear_top_kl"]
 
 
 def _triton_cross_entropy():
@@ -69,6 +70,18 @@ def _reference_kl():
     return linear_kl
 
 
+def _chunked_top_kl():
+    from .chunked import linear_top_kl
+
+    return linear_top_kl
+
+
+def _reference_top_kl():
+    from .reference import linear_top_kl
+
+    return linear_top_kl
+
+
 _HIDDEN = ("hidden", "student_hidden", "teacher_hidden")
 
 
@@ -109,6 +122,8 @@ register(
 register("linear_kl", "cpu", _cpu_kl, priority=20, supports=_cpu_supports, available=_cpu_available)
 register("linear_kl", "chunked", _chunked_kl, priority=10)
 register("linear_kl", "reference", _reference_kl, priority=0)
+register("linear_top_kl", "chunked", _chunked_top_kl, priority=10)
+register("linear_top_kl", "reference", _reference_top_kl, priority=0)
 
 
 def linear_cross_entropy(
@@ -214,6 +229,57 @@ def linear_kl(
         "reduction": reduction,
     }
     return dispatch("linear_kl", call, backend)
+
+
+def linear_top_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    indices: Tensor,
+    log_probabilities: Tensor,
+    log_rest: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    reverse: bool = False,
+    chunk_size: int = 256,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """KL(teacher || student) over K + 1 classes: K tokens of the vocabulary, and all others as one; in nats.
+
+    It is at most the divergence over all V classes, and equal to it where the others are improbable or alike.
+
+    Args:
+        student_hidden: (N, D). student_weight: (V, D). student_bias: (V,).
+        indices: (N, K) integers, the teacher's likeliest tokens, each once. log_probabilities: (N, K) of these tokens.
+        log_rest: (N,) log of the teacher's mass on all others.
+        reverse, chunk_size, reduction: as in `linear_kl`.
+    Raises:
+        ShapeError: names the argument, its shape and the expected one. RnnzooError: unknown reduction.
+    """
+    _check_head("student_hidden", student_hidden, "student_weight", student_weight)
+    tokens, vocabulary = len(student_hidden), len(student_weight)
+    if indices.ndim != 2 or len(indices) != tokens or not 0 < indices.shape[1] < vocabulary:
+        raise ShapeError(f"indices has shape {tuple(indices.shape)}; expected ({tokens}, 1 to {vocabulary - 1}).")
+    for name, tensor, shape in (
+        ("log_probabilities", log_probabilities, tuple(indices.shape)),
+        ("log_rest", log_rest, (tokens,)),
+        ("student_bias", student_bias, (vocabulary,)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}.")
+    _check_options(chunk_size, reduction)
+    call = {
+        "student_hidden": _cast(student_hidden),
+        "student_weight": student_weight,
+        "indices": indices.long(),
+        "log_probabilities": log_probabilities,
+        "log_rest": log_rest,
+        "student_bias": student_bias,
+        "reverse": reverse,
+        "chunk_size": chunk_size,
+        "reduction": reduction,
+    }
+    return dispatch("linear_top_kl", call, backend)
 
 
 def _cast(hidden: Tensor) -> Tensor:

@@ -109,6 +109,37 @@ def linear_kl(
     return _reduce(head, student_hidden, student_weight, student_bias, coefficients, total, kept, tokens)
 
 
+def linear_top_kl(
+    top_kl: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], BlockLoss],
+    add: Callable[[Tensor, Tensor], object],
+    *,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    indices: Tensor,
+    log_probabilities: Tensor,
+    log_rest: Tensor,
+    student_bias: Tensor | None,
+    reverse: bool,
+    chunk_size: int,
+    reduction: str,
+) -> Tensor:
+    """See `kernels.losses.linear_top_kl`.
+
+    Args:
+        top_kl: (student's logits, indices (n, K), the teacher's log-probabilities (n, K + 1), factors, reverse) -> its
+            BlockLoss. add: as in `Passes`.
+    """
+    teacher = torch.cat([log_probabilities, log_rest[:, None]], 1).detach().to(softmax_dtype(student_hidden))
+
+    def token_loss(logits: Tensor, place: slice, factors: Tensor | None) -> BlockLoss:
+        return top_kl(logits, indices[place], teacher[place], factors, reverse)
+
+    tokens = len(student_hidden)
+    total = torch.tensor(float(max(1, tokens)), device=student_hidden.device) if reduction == "mean" else None
+    head = Head(token_loss, add, chunk_size, reduction != "none")
+    return _reduce(head, student_hidden, student_weight, student_bias, None, total, None, tokens)
+
+
 def softmax_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 

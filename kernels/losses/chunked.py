@@ -43,6 +43,28 @@ def _kl(student: Tensor, teacher: Tensor, factors: Tensor | None, temperature: f
     return loss * temperature**2, gradient
 
 
+def _top_kl(logits: Tensor, indices: Tensor, teacher: Tensor, factors: Tensor | None, reverse: bool) -> BlockLoss:
+    student = logits.log_softmax(dim=-1, dtype=softmax_dtype(logits))
+    kept = student.gather(1, indices)
+    # Summed without those that are kept: 1 minus their sum would be noise where the others are improbable.
+    others = student.scatter(1, indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    difference = torch.cat([kept, others], 1).sub_(teacher)
+    chosen = kept.exp()
+    if reverse:
+        loss = torch.linalg.vecdot(torch.cat([chosen, others.exp()], 1), difference)
+        slope = difference - loss[:, None]
+        gradient = None if factors is None else student.exp_().mul_(slope[:, -1:])
+        of_chosen = chosen * slope[:, :-1]
+    else:
+        loss = -torch.linalg.vecdot(teacher.exp(), difference)
+        # Exponents first: the others' mass may be too small to divide by.
+        gradient = None if factors is None else student.exp() - student.sub_(difference[:, -1:]).exp_()
+        of_chosen = chosen - teacher[:, :-1].exp()
+    if gradient is not None and factors is not None:
+        gradient.scatter_(1, indices, of_chosen).mul_(factors[:, None])
+    return loss, gradient
+
+
 def _scaled_log_softmax(logits: Tensor, temperature: float) -> Tensor:
     if temperature != 1.0:
         logits = logits.to(softmax_dtype(logits)) / temperature
@@ -52,3 +74,4 @@ def _scaled_log_softmax(logits: Tensor, temperature: float) -> Tensor:
 PASSES = Passes(_cross_entropy, _kl, Tensor.add_)
 linear_cross_entropy = functools.partial(blocks.linear_cross_entropy, PASSES)
 linear_kl = functools.partial(blocks.linear_kl, PASSES)
+linear_top_kl = functools.partial(blocks.linear_top_kl, _top_kl, Tensor.add_)

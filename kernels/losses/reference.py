@@ -53,6 +53,28 @@ def linear_kl(
     )
 
 
+def linear_top_kl(
+    *,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    indices: Tensor,
+    log_probabilities: Tensor,
+    log_rest: Tensor,
+    student_bias: Tensor | None,
+    reverse: bool,
+    chunk_size: int,
+    reduction: str,
+) -> Tensor:
+    """See `kernels.losses.linear_top_kl`; `chunk_size` does not apply."""
+    student = _logits(student_hidden, student_weight, student_bias).log_softmax(dim=-1)
+    others = student.scatter(1, indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    student = torch.cat([student.gather(1, indices), others], 1)
+    teacher = torch.cat([log_probabilities, log_rest[:, None]], 1).detach().to(student.dtype)
+    first, second = (student, teacher) if reverse else (teacher, student)
+    loss = (first.exp() * (first - second)).sum(dim=-1)
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.sum() / max(1, len(loss))
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
     return logits if logits.dtype == torch.float64 else logits.float()

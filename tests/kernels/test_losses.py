@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnnzoo.kernels.dispatch import backends
 from rnnzoo.kernels.errors import RnnzooError, ShapeError
-from rnnzoo.kernels.losses import linear_cross_entropy, linear_kl
+from rnnzoo.kernels.losses import linear_cross_entropy, linear_kl, linear_top_kl
 
 BACKENDS = ["reference", "chunked"]
 repeatable = settings(derandomize=True, deadline=None, max_examples=30)
@@ -88,6 +88,70 @@ def test_kl_equals_torchs(seed, tokens, reduction, weights, temperature, reverse
         backend=backend,
     )
     assert_equal_with_gradients(found, expected, list(call.values()))
+
+
+def top_of(teacher, k):
+    """(indices, log-probabilities, log of the rest) of log-probabilities (N, V)."""
+    kept, indices = teacher.topk(k, -1)
+    return indices, kept, teacher.scatter(1, indices, -torch.inf).logsumexp(-1)
+
+
+@repeatable
+@given(
+    seed=st.integers(0, 1000),
+    tokens=st.sampled_from([1, 8, 17]),
+    k=st.sampled_from([1, 4, 10]),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    reverse=st.booleans(),
+    backend=st.sampled_from(BACKENDS),
+)
+def test_kl_of_the_likeliest_equals_torchs_over_so_many_classes_and_the_rest(
+    seed, tokens, k, reduction, reverse, backend
+):
+    call = make(seed, tokens)
+    top = top_of(torch.randn(tokens, 11).double().mul(3).log_softmax(-1), k)
+    student = F.linear(call["hidden"], call["weight"], call["bias"]).softmax(-1)
+    chosen = student.gather(1, top[0])
+    classes = [torch.cat([chosen, 1 - chosen.sum(-1, keepdim=True)], 1).log(), torch.cat([top[1], top[2][:, None]], 1)]
+    source, target = reversed(classes) if reverse else classes
+    expected = F.kl_div(source, target, log_target=True, reduction="none").sum(-1)
+    expected = {"mean": expected.mean(), "sum": expected.sum(), "none": expected}[reduction]
+    options = dict(student_bias=call["bias"], reverse=reverse, chunk_size=5, reduction=reduction, backend=backend)
+    found = linear_top_kl(call["hidden"], call["weight"], *top, **options)
+    assert_equal_with_gradients(found, expected, list(call.values()), 1e-8)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_kl_of_all_but_one_class_is_the_whole_divergence(reverse):
+    call, teacher = make(0, 9), torch.randn(9, 4).double()
+    weight = torch.randn(11, 4).double()
+    top = top_of((teacher @ weight.t()).log_softmax(-1), 10)
+    whole = linear_kl(call["hidden"], call["weight"], teacher, weight, reverse=reverse)
+    torch.testing.assert_close(linear_top_kl(call["hidden"], call["weight"], *top, reverse=reverse), whole)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("scale", [1e-3, 300.0])
+def test_kl_of_the_likeliest_stays_finite_where_classes_vanish(scale, reverse):
+    """In float32, with a rest of the student's or the teacher's that is far below the smallest number."""
+    hidden, weight = torch.randn(6, 4).mul(scale).requires_grad_(), torch.randn(11, 4).requires_grad_()
+    top = top_of((torch.randn(6, 11) * 200).log_softmax(-1), 3)
+    loss = linear_top_kl(hidden, weight, *top, reverse=reverse)
+    expected = linear_top_kl(hidden.double(), weight.double(), *top, reverse=reverse, backend="reference")
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-4, atol=1e-4)
+    for found, wanted in zip(
+        torch.autograd.grad(loss, [hidden, weight]), torch.autograd.grad(expected, [hidden, weight]), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_wrong_shapes_of_the_likeliest_are_told():
+    call = make(0, 5)
+    top = top_of(torch.randn(5, 11).double().log_softmax(-1), 3)
+    with pytest.raises(ShapeError, match=r"indices has shape \(5, 11\); expected \(5, 1 to 10\)"):
+        linear_top_kl(call["hidden"], call["weight"], torch.zeros(5, 11).long(), *top[1:])
+    with pytest.raises(ShapeError, match=r"log_rest has shape \(4,\)"):
+        linear_top_kl(call["hidden"], call["weight"], *top[:2], top[2][:4])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
