@@ -12,9 +12,11 @@ from ..kernels.errors import RnnzooError
 from .energy import check_energy, measured_energy
 from .job import Job, Progress
 from .memory import keep_freed_memory
-from .prepare import prepare_recipe
-from .run import FINISHED, alone_in, holds_run, open_run
-from .teachers import resolve_teacher
+from .prepare import check_batches, prepare_recipe
+from .processes import Processes
+from .recipes import Recipe
+from .run import FINISHED, Run, alone_in, holds_run, open_run
+from .teachers import TeacherRef, resolve_teacher
 from .teachers.files import user_errors
 
 __all__ = ["convert"]
@@ -32,6 +34,7 @@ def convert(
     state_budget: int | None = None,
     tokens: int | None = None,
     seq_len: int | None = None,
+    batch_tokens: int | None = None,
     seed: int = 0,
     dtype: str = "bfloat16",
     restart: bool = False,
@@ -42,17 +45,20 @@ def convert(
 ) -> dict[str, Any]:
     """Runs all stages of a recipe; the same call goes on where a stopped one was, and ends at the same weights.
 
+    Under torchrun or `accelerate launch` every process calls it: a step has the same rows as with one process, and a
+    run may go on with another number of processes than it began with.
+
     Args:
         teacher: as `resolve_teacher` takes it. recipe: a name or the path of a YAML file.
         data: as `open_corpus` takes it; None: the embedded default.
-        student, keep, state_budget, tokens, seq_len: instead of the recipe's own.
+        student, keep, state_budget, tokens, seq_len, batch_tokens: instead of the recipe's own.
         dtype: "bfloat16" or "float32", of training and of the saved weights.
         restart: discard an earlier run in `out`.
         evaluate: measure the result on text held out from the data, beside the teacher, and the way there.
         energy: ISO code of the country, such as "DEU": measure energy and CO2 of the stages with CodeCarbon.
         progress: called as progress(stage, done tokens, all tokens, info).
     Returns:
-        The contents of results.json.
+        The contents of results.json; of several processes, the main one has them.
     Raises:
         RnnzooError: bad input, as one sentence.
     """
@@ -60,14 +66,23 @@ def convert(
         raise RnnzooError(f"dtype is {dtype!r}; expected bfloat16 or float32.")
     check_energy(energy)
     keep_freed_memory()
-    found = resolve_teacher(teacher, revision=revision)
+    processes = Processes()
+    main = processes.main
     own = {"student": student, "keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}
-    chosen = prepare_recipe(recipe, found, **own, dtype=getattr(torch, dtype))
-    if data and (restart or not holds_run(out)):
-        from .data import open_corpus
+    own |= {"batch_tokens": batch_tokens}
 
-        # Unusable data must be told before an earlier run is discarded.
-        next(open_corpus(data, text_field).documents("training"), None)
+    def checked() -> tuple[TeacherRef, Recipe]:
+        found = resolve_teacher(teacher, revision=revision)
+        chosen = prepare_recipe(recipe, found, **own, dtype=getattr(torch, dtype))
+        check_batches(chosen, found, processes.count)
+        if main and data and (restart or not holds_run(out)):
+            from .data import open_corpus
+
+            # Unusable data must be told before an earlier run is discarded.
+            next(open_corpus(data, text_field).documents("training"), None)
+        return found, chosen
+
+    found, chosen = processes.first(checked)
     request = {
         "teacher": found.sha,
         "recipe": chosen.to_dict(),
@@ -77,17 +92,28 @@ def convert(
         "dtype": dtype,
     }
     with contextlib.ExitStack() as stack:
-        stack.enter_context(alone_in(out))
-        run = open_run(out, request, restart)
-        if run.created:
+
+        def opened() -> Run:
+            if not main:
+                return open_run(out, request, False)
             stack.enter_context(alone_in(out))
-        job = Job(run, found, chosen, data, text_field, seed, getattr(torch, dtype), progress or (lambda *_: None))
+            run = open_run(out, request, restart)
+            if run.created:
+                stack.enter_context(alone_in(out))
+            return run
+
+        run = processes.first(opened)
+        silent: Progress = lambda *_: None  # noqa: E731
+        said = (main and progress) or silent
+        job = Job(run, found, chosen, data, text_field, seed, getattr(torch, dtype), said)
         job.ladder = evaluate
         try:
             with user_errors(f"The conversion into {out} stopped, and the same command will go on with it"):
                 if run.record(FINISHED) is None:
-                    with measured_energy(energy, run.folder):
+                    with measured_energy(energy if main else None, run.folder):
                         job.stages()
+                if not main:
+                    return {}
                 results = job.results()
                 if evaluate:
                     results = job.evaluate()
@@ -95,7 +121,7 @@ def convert(
 
                 render_card(run.out)
         except RnnzooError:
-            if not run.stages:
+            if main and not run.stages:
                 run.discard()
             raise
     return results

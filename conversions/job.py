@@ -13,6 +13,7 @@ import torch
 from ..zoo.core.sizes import causal_lm_class
 from .memory import return_freed_memory
 from .prepare import keep_steps
+from .processes import Processes
 from .recipes import Recipe, parse_keep
 from .recipes.stages import Calibrate, TrainedStage
 from .results import write_results
@@ -61,6 +62,7 @@ class Job:
         self.run, self.teacher, self.recipe, self.seed, self.dtype = run, teacher, recipe, seed, dtype
         self.data, self.text_field, self.progress = data, text_field, progress
         self.ladder = False  # measure the student after each stage
+        self.processes = Processes()
 
     # What stages need ----------------------------------------------------------------------------------------------
 
@@ -138,21 +140,16 @@ class Job:
     def stages(self) -> None:
         layers = self.teacher.config.num_hidden_layers
         steps = keep_steps(self.recipe, layers)
-        folder = self.run.student_folder()
-        student = None if folder is None else causal_lm_class(self.recipe.student).from_pretrained(folder).float()
-        self._prepare_data()
+        self.processes.first(self.teacher.fetch)
+        student = self._saved_student()
+        self.processes.first(self._prepare_data)
         used = 0
         for number, keep in enumerate(steps):
             prefix = f"{number + 1}-" if len(steps) > 1 else ""
             name = f"{prefix}initialise"
             if self.run.record(name) is None:
-                self.progress(name, 0, 1, {})
-                student = self._initialise(student, parse_keep(keep, layers))
-                report = {"tokens": 0, "kept": parse_keep(keep, layers)} | self._rung(student, name)
-                if number == 0 and (found := self._held_out(self.twin, "teacher")):
-                    report["teacher_perplexity"] = found
-                self.run.finish(name, student, report)
-                self.progress(name, 1, 1, {})
+                begin = functools.partial(self._begin, name, student, parse_keep(keep, layers), first=number == 0)
+                student = self._by_main(name, begin)
             earlier = parse_keep(steps[number - 1], layers) if number else range(layers)
             fresh = sorted(set(earlier) - set(parse_keep(keep, layers)))
             for stage in self.recipe.stages:
@@ -163,11 +160,44 @@ class Job:
                 if self.run.record(part.name) is None:
                     if rows == 0 and isinstance(stage, TrainedStage):
                         continue
-                    student, report = run_stage(self, stage, student, part)
-                    self.run.finish(part.name, student, report | self._rung(student, part.name))
-        assert student is not None
+                    work = functools.partial(run_stage, self, stage, student, part)
+                    if isinstance(stage, TrainedStage):  # by all processes together
+                        trained = work()
+                        work = lambda trained=trained: trained  # noqa: E731
+                    student = self._by_main(part.name, work)
+        self.processes.only(lambda: self._publish(student))
+
+    def _by_main(self, name: str, work: Callable[[], tuple[Any, dict[str, Any]]]) -> Any:
+        """The student after a stage: the main process does and records it, the others read what it has saved."""
+
+        def done() -> Any:
+            student, report = work()
+            self.run.finish(name, student, report | self._rung(student, name))
+            return student
+
+        student = self.processes.only(done)
+        if self.processes.main:
+            return student
+        self.run.read_again()
+        return self._saved_student()
+
+    def _saved_student(self) -> Any:
+        """The student after the last finished stage; None before the first."""
+        folder = self.run.student_folder()
+        return None if folder is None else causal_lm_class(self.recipe.student).from_pretrained(folder).float()
+
+    def _publish(self, student: Any) -> None:
         self.run.publish(student.to(self.dtype), self.tokenizer)
         self.run.finish(FINISHED, None, {})
+
+    def _begin(self, name: str, previous: Any, kept: list[int], first: bool) -> tuple[Any, dict[str, Any]]:
+        self.progress(name, 0, 1, {})
+        student = self._initialise(previous, kept)
+        report = {"tokens": 0, "kept": kept}
+        if first and (found := self._held_out(self.twin, "teacher")):
+            report["teacher_perplexity"] = found
+        self.progress(name, 1, 1, {})
+        return student, report
 
     def _rung(self, student: Any, name: str) -> dict[str, Any]:
         """What a stage records of the student after it."""

@@ -40,6 +40,7 @@ def make_plan(
     state_budget: int | None = None,
     tokens: int | None = None,
     seq_len: int | None = None,
+    batch_tokens: int | None = None,
     revision: str | None = None,
 ) -> Plan:
     """Layer map, parameters, memory, state, tokens, time and licence; no weights are loaded.
@@ -50,9 +51,8 @@ def make_plan(
         RnnzooError: as `convert` would for the same input.
     """
     found = resolve_teacher(teacher, revision=revision)
-    chosen = prepare_recipe(
-        recipe, found, student=student, keep=keep, state_budget=state_budget, tokens=tokens, seq_len=seq_len
-    )
+    own = {"student": student, "keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}
+    chosen = prepare_recipe(recipe, found, **own, batch_tokens=batch_tokens)
     config = found.config
     kept = parse_keep(chosen.keep, config.num_hidden_layers)
     types = layer_types(found, chosen, kept)

@@ -9,11 +9,13 @@ import torch
 from ..kernels.errors import RnnzooError
 from ..zoo.core.mixer import Mixer
 from ..zoo.core.registry import mixer_class
+from .processes import rows_per_step
 from .recipes import Recipe, check_recipe, load_recipe, parse_keep
+from .recipes.stages import TrainedStage
 from .student import layer_types, student_config, window_slots
 from .teachers import TeacherRef
 
-__all__ = ["keep_steps", "prepare_recipe"]
+__all__ = ["check_batches", "keep_steps", "prepare_recipe"]
 
 
 def prepare_recipe(
@@ -25,6 +27,7 @@ def prepare_recipe(
     state_budget: int | None = None,
     tokens: int | None = None,
     seq_len: int | None = None,
+    batch_tokens: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Recipe:
     """A recipe with the user's own values, checked against the teacher.
@@ -42,6 +45,7 @@ def prepare_recipe(
     if student is not None and student != recipe.student:
         recipe = _with_student(recipe, student)
     given = {"keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}
+    given |= {"batch_tokens": batch_tokens}
     recipe = dataclasses.replace(recipe, **{key: value for key, value in given.items() if value is not None})
     if seq_len is None:
         recipe.seq_len = min(recipe.seq_len, teacher.config.max_position_embeddings)
@@ -70,6 +74,19 @@ def _with_student(recipe: Recipe, student: str) -> Recipe:
     stages = [stage for stage in recipe.stages if stage.kind != "calibrate" or student == "hedgehog"]
     budget = recipe.state_budget if student == "hedgehog" else None
     return dataclasses.replace(recipe, student=student, student_options={}, stages=stages, state_budget=budget)
+
+
+def check_batches(recipe: Recipe, teacher: TeacherRef, count: int) -> None:
+    """Refuses a recipe whose steps cannot be divided among `count` processes.
+
+    Raises:
+        RnnzooError: names what would do.
+    """
+    steps = len(keep_steps(recipe, teacher.config.num_hidden_layers))
+    for stage in recipe.stages:
+        tokens = int(recipe.tokens * stage.share / steps)
+        if tokens and isinstance(stage, TrainedStage):
+            rows_per_step(recipe.batch_tokens, recipe.seq_len, max(1, tokens // recipe.seq_len), count)
 
 
 def keep_steps(recipe: Recipe, layers: int) -> list[str]:

@@ -59,6 +59,10 @@ class Run:
         names = [stage["student"] for stage in self.stages if "student" in stage]
         return self.folder / names[-1] if names else None
 
+    def read_again(self) -> None:
+        """Takes in what another process of this run has recorded."""
+        self.stages[:] = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["stages"]
+
     def save(self) -> None:
         write_json(self.folder / "run.json", {"request": self.request, "stages": self.stages})
 

@@ -7,11 +7,12 @@ each row's mean over its labels; a row of several documents has a few labels les
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..files import replace_text
+from ..processes import Processes, rows_per_step
+from .schedules import rate_factor
+from .window_dropout import kept_share, reduced_windows
 
 if TYPE_CHECKING:
     from ...zoo.core.modeling import RecurrentForCausalLM
@@ -43,18 +47,46 @@ class StageTrainer(Trainer):
         self.stage = stage
         self.twin = twin.to(self.args.device)
         self.model_accepts_loss_kwargs = False
+        self.windows = contextlib.ExitStack()  # open from loss to loss: checkpointed layers run again in between
 
     def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None) -> Tensor:
-        """Mean over the tokens of ids (B, T); seq_ids (B, T), None where each row is one document."""
+        """Mean over the tokens of ids (B, T); seq_ids (B, T), None where each row is one document.
+
+        Called inside the forward pass of what wraps the student: `model` is the student itself, its weights are whole,
+        and gradients of whatever part of it is used are summed over the processes.
+        """
         raise NotImplementedError
 
+    @contextlib.contextmanager
+    def loss_as_forward(self) -> Iterator[None]:
+        """Lets the student's forward pass, given `rows`, be the loss of these: wrappers know no other way in."""
+        student: Any = self.model
+        plain = student.forward
+
+        def forward(*args: Any, rows: tuple[Tensor, Tensor | None] | None = None, **kwargs: Any) -> Any:
+            return plain(*args, **kwargs) if rows is None else self.loss(student, *rows)
+
+        student.forward = forward
+        try:
+            yield
+        finally:
+            self.windows.close()
+            for name in ("forward", "_original_forward"):  # ours, and what accelerate has put around it
+                vars(student).pop(name, None)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.windows.close()
+        share = kept_share(self.stage.window_dropout, self.args.seed, self.state.global_step, inputs["input_ids"])
+        self.windows.enter_context(reduced_windows(self.model, share))
         # Trainer's own autocast covers the wrapped model's forward only, not the head and the losses.
         with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.args.bf16):
             seq_ids = inputs["seq_ids"]
             if bool((seq_ids == seq_ids[:, :1]).all()):
                 seq_ids = None  # rows of one document each need no masks
-            loss = self.loss(model, inputs["input_ids"], seq_ids)
+            if model is self.model:
+                loss = self.loss(model, inputs["input_ids"], seq_ids)
+            else:
+                loss = model(rows=(inputs["input_ids"], seq_ids))
         return (loss, None) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -66,10 +98,27 @@ class StageTrainer(Trainer):
                     groups.setdefault(rate, []).append(parameter)
             self.optimizer = torch.optim.AdamW(
                 [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
-                betas=(0.9, self.stage.beta2),
-                weight_decay=0.0,
+                betas=(self.stage.beta1, self.stage.beta2),
+                weight_decay=self.stage.weight_decay,
             )
         return self.optimizer
+
+    def cycle(self, step: int, steps: int) -> tuple[int, int]:
+        """First step, and the one after the last, of the learning rate's schedule that `step` is part of."""
+        return 0, steps
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            assert optimizer is not None
+
+            def factor(step: int, peak: float) -> float:
+                begin, end = self.cycle(min(step, num_training_steps - 1), num_training_steps)
+                return rate_factor(self.stage, peak, step - begin, end - begin)
+
+            factors = [functools.partial(factor, peak=group["lr"]) for group in optimizer.param_groups]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return self.lr_scheduler
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:
         # The rows were shuffled when they were packed; their order is part of the run.
@@ -128,22 +177,23 @@ def train_stage(
     Args:
         trains: whether the parameter of this name is trained.
     Returns:
-        tokens, seconds, loss_first, loss_last of the stage.
+        tokens, seconds, loss_first, loss_last of the stage; of several processes the main one has them.
+    Raises:
+        RnnzooError: the rows of a step cannot be divided among the processes.
     """
+    processes = Processes()
     folder.mkdir(parents=True, exist_ok=True)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(trains(name))
-    per_step = max(1, min(batch_tokens // data.seq_len, len(data)))
+    per_step = rows_per_step(batch_tokens, data.seq_len, len(data), processes.count)
     steps = max(1, len(data) // per_step)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=per_step,
+        gradient_accumulation_steps=per_step // processes.count,
         max_steps=steps,
         learning_rate=stage.lr,
-        lr_scheduler_type="cosine" if stage.schedule == "cosine" else "constant_with_warmup",
-        warmup_steps=math.ceil(stage.warmup * steps) if steps > 1 else 0,  # the first step of a warmup has rate 0
-        max_grad_norm=1.0,
+        max_grad_norm=stage.max_grad_norm,
         bf16=bf16,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=1,
@@ -154,23 +204,33 @@ def train_stage(
         data_seed=seed,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=True,  # of some mixers, the first layer leaves some unused
         report_to=[],
         disable_tqdm=True,
     )
     report = Report(folder, per_step * data.seq_len, progress)
-    checkpoint = newest_checkpoint(folder)
-    cut_metrics(folder, checkpoint)
+    checkpoint = processes.first(lambda: newest_checkpoint(folder))
+    if processes.main:
+        cut_metrics(folder, checkpoint)
     student.config.use_cache = False
     trainer = trainer_class(
-        model=student, args=arguments, train_dataset=data, callbacks=[report], stage=stage, twin=twin
+        model=student,
+        args=arguments,
+        train_dataset=data,
+        callbacks=[report] if processes.main else [],
+        stage=stage,
+        twin=twin,
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with trainer.loss_as_forward():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     student.config.use_cache = True
     student.eval().cpu()
     twin.cpu()
+    if not processes.main:
+        return {}
     lines = read_metrics(folder)
     return {
         "tokens": steps * per_step * data.seq_len,

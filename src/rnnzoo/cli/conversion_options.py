@@ -41,6 +41,7 @@ _OPTIONS = [
         metavar="N",
         help="Tokens in a training sequence. Default: the recipe's.",
     ),
+    click.option("--batch-tokens", type=COUNT, metavar="N", help="Tokens of an optimiser step. Default: the recipe's."),
     click.option("--revision", help="Branch, tag or commit, where TEACHER is a Hub id."),
 ]
 

