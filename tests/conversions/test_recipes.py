@@ -85,7 +85,7 @@ def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
         (GOOD | {"student": "full_attention"}, "no mixer 'full_attention'"),
         (stage(kind="finetune"), "kind is 'finetune'; expected one of"),
         (stage(trains="some"), "trains is 'some'"),
-        (stage(schedule="linear"), "schedule is 'linear'"),
+        (stage(schedule="step"), "schedule is 'step'"),
         (stage(labels="none"), "labels is 'none'"),
         (stage(name="../up"), "cannot be named '../up'"),
         (stage(name="finished"), "cannot be named 'finished'"),
