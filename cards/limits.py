@@ -10,7 +10,15 @@ __all__ = ["limits"]
 
 def limits(view: View) -> list[str]:
     """Sentences for the section on limits. What was not measured is named at the end."""
-    sentences = [*_perplexity(view), *_tasks(view), *_recall(view), *_positions(view), *_memory(view), *_parity(view)]
+    sentences = [
+        *_perplexity(view),
+        *_tasks(view),
+        *_recall(view),
+        *_branches(view),
+        *_positions(view),
+        *_memory(view),
+        *_parity(view),
+    ]
     missing = [
         label
         for part, label in (
@@ -73,6 +81,21 @@ def _recall(view: View) -> list[str]:
         found.append(
             f"From {_distances(beyond)} tokens back recall cannot be told from chance: do not rely on details there."
         )
+    return found
+
+
+def _branches(view: View) -> list[str]:
+    """Does the model need its recurrent state, or does the window do all of the work?"""
+    alone = {row["branch"]: row.get("perplexity") for row in view.rows("ablations")}
+    whole, window = alone.get("whole"), alone.get("window")
+    if whole is None or window is None:
+        return []
+    share = "the same" if abs(window / whole - 1) < 0.005 else f"{window / whole:.2f} times as high"
+    found = [f"With its exact windows alone, without the linear state, its perplexity is {share}."]
+    if "linear" in alone:
+        linear = alone["linear"]
+        times = "beyond measure" if linear is None else f"{linear / whole:,.3g} times as high"
+        found.append(f"With the linear state alone, without the windows, its perplexity is {times}.")
     return found
 
 

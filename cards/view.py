@@ -199,6 +199,36 @@ class View:
             for (distance,), by in self._grouped("recall", "distance")
         ]
 
+    def late_recall(self) -> list[list[str]]:
+        """[tokens before, tokens back, n, accuracy of each column]."""
+        return [
+            [
+                count(context),
+                count(distance),
+                count(next(iter(by.values())).get("n")),
+                *self._values(by, "accuracy", 2, "stderr"),
+            ]
+            for (context, distance), by in self._grouped("recall_by_context", "context", "distance")
+        ]
+
+    def ablations(self) -> list[list[str]]:
+        """[branch, its perplexity alone, its recall]."""
+        return [
+            [
+                cell(row["branch"]),
+                with_error(row.get("perplexity"), row.get("stderr")),
+                ", ".join(f"{tokens(int(back))}: {value:.2f}" for back, value in (row.get("recall") or {}).items()),
+            ]
+            for row in self.rows("ablations")
+        ]
+
+    def ablation_text(self) -> str:
+        """On what the branches were measured."""
+        row = next(iter(self.rows("ablations")), {})
+        return (
+            f"{count(row.get('n_tokens'))} tokens of {cell(row.get('dataset'))}, windows of {count(row.get('window'))}"
+        )
+
     @property
     def chance(self) -> float:
         return next((r["chance"] for r in self.rows("recall") if r.get("chance") is not None), 0.1)

@@ -20,6 +20,8 @@ class Limits:
         position_tokens: length of the pass by position. teacher_position_tokens: of the teacher's own pass, whose cost
             grows with the square (None: twice its trained length).
         distances, facts, streams: of recall; n = facts x streams at each distance.
+        recall_contexts, context_distances: recall at these distances of facts that come so late in a text.
+        ablation_tokens: perplexity of each branch alone (window, linear state), where layers have several; 0: no.
         contexts, decode_steps: of decoding.
         parity_context, parity_steps: tokens read at once, and then one by one; 0 steps: not compared.
         sample_tokens: new tokens of each sample output, and of the card's example; 0: neither.
@@ -34,6 +36,9 @@ class Limits:
     distances: tuple[int, ...] = DISTANCES
     facts: int = 8
     streams: int = 2
+    recall_contexts: tuple[int, ...] = (2048, 8192)
+    context_distances: tuple[int, ...] = (64, 512)
+    ablation_tokens: int = 8192
     contexts: tuple[int, ...] = (1024, 4096, 16_384, 32_768)
     decode_steps: int = 24
     parity_context: int = 448
@@ -49,6 +54,8 @@ LIMITS = {
         position_tokens=8192,
         distances=(16, 64, 256, 1024, 2048),
         streams=1,
+        recall_contexts=(2048,),
+        ablation_tokens=4096,
         contexts=(1024, 8192),
         decode_steps=16,
         sample_tokens=48,
@@ -60,6 +67,7 @@ LIMITS = {
         perplexity_tokens=None,
         task_items=None,
         streams=6,
+        recall_contexts=(2048, 8192, 16_384),
         sample_tokens=96,
     ),
 }

@@ -8,7 +8,7 @@ from .columns import COLUMNS, Opened
 
 __all__ = ["PARTS", "merge", "still_valid"]
 
-PARTS = ("perplexity", "tasks", "recall", "decode", "by_position", "parity")
+PARTS = ("perplexity", "tasks", "recall", "decode", "by_position", "parity", "recall_by_context", "ablations")
 # Rows of these parts stand for themselves; those of the other parts are one curve for each column, replaced as a whole.
 _SINGLE = {"perplexity": ("dataset", "window", "stride"), "tasks": ("task", "metric")}
 

@@ -95,9 +95,9 @@ def filler_text(sentences: int = 1500, seed: int = 0) -> str:
 
 
 def build_stream(
-    tokenizer: PreTrainedTokenizerBase, filler: Sequence[int], *, facts: int, length: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, filler: Sequence[int], *, facts: int, length: int, seed: int, lead: int = _LEAD
 ) -> RecallStream:
-    """A stream of at least `length` tokens, `facts` phrases in its first part; every word is used in one phrase only.
+    """A stream of at least `length` tokens, `facts` phrases after `lead` tokens; every word is used in one phrase only.
 
     Raises:
         RnnzooError: too little filler, or more facts than there are words for.
@@ -114,7 +114,7 @@ def build_stream(
     pool = [tuple(tokens(f" {word}")) for word in words[3 * facts :]]
     answers, spare = pool[:facts], pool[facts:]
     rest = iter(filler)
-    stream: list[int] = _take(rest, _LEAD)
+    stream: list[int] = _take(rest, lead)
     placed = []
     for index, (cue, answer) in enumerate(zip(cues, answers, strict=True)):
         others = [a for i, a in enumerate(answers) if i != index and a != answer]
@@ -142,6 +142,7 @@ def recall(
     distances: Sequence[int] = DISTANCES,
     facts: int = 8,
     streams: int = 2,
+    lead: int = _LEAD,
     chunk: int = 1024,
     seed: int = 0,
     progress: Progress = no_progress,
@@ -152,15 +153,18 @@ def recall(
         filler: text between and after the facts; None, or too short a text: made-up prose.
         distances: tokens from the answer to its repetition. Those too short for the question itself, as this tokenizer
             cuts it, are left out.
+        lead: filler tokens before the first fact.
         seed: fixes phrases and candidates; the same seed gives every model with this tokenizer the same questions.
     """
     longest = max(distances)
-    needed = longest + facts * (_GAP + 64) + _LEAD
+    needed = longest + facts * (_GAP + 64) + lead
     texts = _filler_tokens(tokenizer, filler, needed)
     right: dict[int, list[bool]] = {distance: [] for distance in sorted(distances)}
     for number in range(streams):
         offset = (number * needed) % max(1, len(texts) - needed + 1)
-        built = build_stream(tokenizer, texts[offset:], facts=facts, length=needed, seed=seed * 1000 + number)
+        built = build_stream(
+            tokenizer, texts[offset:], facts=facts, length=needed, seed=seed * 1000 + number, lead=lead
+        )
         questions = sorted(
             (fact.asked_after(distance), distance, index)
             for index, fact in enumerate(built.facts)

@@ -34,13 +34,21 @@ def tables(results: dict[str, Any]) -> list[Table]:
     distance = _table("Recall (chance 0.10)", ["tokens back", "n", *heads])
     for (back,), by in _grouped(evaluation.get("recall", []), "distance"):
         _add(distance, [f"{back:,}", f"{next(iter(by.values()))['n']}"], by, "accuracy", "stderr", 2)
+    late = _table("Recall late in a text (chance 0.10)", ["tokens before", "tokens back", "n", *heads])
+    for (context, back), by in _grouped(evaluation.get("recall_by_context", []), "context", "distance"):
+        n = f"{next(iter(by.values()))['n']}"
+        _add(late, [f"{context:,}", f"{back:,}", n], by, "accuracy", "stderr", 2)
+    alone = _table("Branches alone", ["branch", "perplexity", "recall by tokens back"])
+    for row in evaluation.get("ablations", []):
+        recalled = ", ".join(f"{back}: {value:.2f}" for back, value in row["recall"].items())
+        alone.add_row(row["branch"], _shown(row["perplexity"], row["stderr"], 2), recalled)
     speed = _table("Decoding, tokens/s", ["context", *heads])
     state = _table("State, MB", ["context", *heads])
     for (context,), by in _grouped(evaluation.get("decode", []), "context"):
         _add(speed, [f"{context:,}"], by, "tokens_per_second", None, 1)
         megabytes = {name: {"mb": row["state_bytes"] / 1e6} for name, row in by.items()}
         _add(state, [f"{context:,}"], megabytes, "mb", None, 2)
-    return [table for table in (quality, position, distance, speed, state) if table.row_count]
+    return [table for table in (quality, position, distance, late, alone, speed, state) if table.row_count]
 
 
 def show(results: dict[str, Any], console: Console | None = None) -> None:
@@ -61,10 +69,13 @@ def _add(table: Table, head: list[str], by: dict[str, Any], field: str, error: s
     cells = []
     for column in COLUMNS:
         row = by.get(column, {})
-        value, spread = row.get(field), row.get(error) if error else None
-        text = _MISSING if value is None else f"{value:.{digits}f}"
-        cells.append(text + (f" ± {spread:.{digits}f}" if value is not None and spread is not None else ""))
+        cells.append(_shown(row.get(field), row.get(error) if error else None, digits))
     table.add_row(*head, *cells)
+
+
+def _shown(value: float | None, spread: float | None, digits: int) -> str:
+    text = _MISSING if value is None else f"{value:.{digits}f}"
+    return text + (f" ± {spread:.{digits}f}" if value is not None and spread is not None else "")
 
 
 def _grouped(rows: list[dict[str, Any]], *keys: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -16,11 +16,12 @@ from ...cards.commands import snippet_code
 from ...cards.plots import write_plots
 from ...kernels.errors import RnnzooError
 from ..teachers import TeacherRef
+from .ablations import ablation, branches
 from .columns import COLUMNS, Column, Opened, open_columns
 from .decode import decode, device_name
 from .harness import lm_eval_tasks, require_lm_eval
 from .limits import Limits, limits_of
-from .merging import merge, still_valid
+from .merging import PARTS, merge, still_valid
 from .parity import parity
 from .perplexity import POSITION_EDGES, by_position, perplexity
 from .recall import recall
@@ -33,6 +34,7 @@ from .window_baseline import SINKS
 
 __all__ = ["environment", "evaluate"]
 
+_ABLATION_DISTANCE = 1024  # recall of single branches is measured up to here
 _VERSION = 1  # raise it when a measure changes its meaning: stored pieces of older versions are then measured again
 
 
@@ -115,9 +117,7 @@ def _measure_all(
     measuring: _Measuring, opened: Opened, data: list[Dataset], lm_eval: tuple[str, ...]
 ) -> dict[str, list[dict[str, Any]]]:
     texts = [d for d in data if d.kind in ("text", "long")]
-    parts: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("perplexity", "tasks", "recall", "decode", "by_position", "parity")
-    }
+    parts: dict[str, list[dict[str, Any]]] = {name: [] for name in PARTS}
     for column in opened.columns:
         # Books serve by position; they are a perplexity text only where nothing else is.
         for dataset in [d for d in texts if d.kind == "text"] or texts:
@@ -130,9 +130,11 @@ def _measure_all(
         if texts:
             parts["by_position"] += measuring.by_position(column, _longest(texts))
         parts["recall"] += measuring.recall(column, _longest(texts) if texts else None)
+        parts["recall_by_context"] += measuring.recall_by_context(column, _longest(texts) if texts else None)
         parts["decode"] += measuring.decode(column)
         if column.name == "student":
             parts["parity"] += measuring.parity(column)
+            parts["ablations"] += measuring.ablations(column, texts)
     return parts
 
 
@@ -278,6 +280,63 @@ class _Measuring:
         )
         own = column.settings(max(limits.distances))
         return [{**point, "column": column.name, **own} for point in points]
+
+    def recall_by_context(self, column: Column, dataset: Dataset | None) -> list[dict[str, Any]]:
+        """Recall of facts that come late; the window column's bytes are the student's there."""
+        limits, rows = self.limits, []
+        for context in limits.recall_contexts if limits.context_distances else ():
+            end = context + max(limits.context_distances)
+            if column.reaches(end) < end:
+                continue
+            settings = {"distances": list(limits.context_distances), "facts": limits.facts, "streams": 1}
+            points = self._stored(
+                column,
+                "recall",
+                end,
+                settings | {"lead": context},
+                dataset.sha256 if dataset else "made up",
+                lambda model, tokenizer, report, lead=context, settings=settings: [
+                    point.to_dict()
+                    for point in recall(
+                        model,
+                        tokenizer,
+                        filler=_long_text(dataset) if dataset else None,
+                        **settings,
+                        lead=lead,
+                        chunk=limits.chunk,
+                        progress=report,
+                    )
+                ],
+            )
+            rows += [{"context": context, **point, "column": column.name, **column.settings(end)} for point in points]
+        return rows
+
+    def ablations(self, column: Column, texts: list[Dataset]) -> list[dict[str, Any]]:
+        """The whole, then each branch alone; nothing for a model without branches."""
+        limits, found = self.limits, branches(column.model)
+        if not found or not limits.ablation_tokens or not texts:
+            return []
+        dataset = next((d for d in texts if d.kind == "text"), texts[0])
+        rows = []
+        for branch in (None, *found):
+            settings = {
+                "window": max(limits.windows),
+                "max_tokens": limits.ablation_tokens,
+                "distances": [d for d in limits.distances if d <= _ABLATION_DISTANCE],
+                "facts": limits.facts,
+            }
+            value = self._stored(
+                column,
+                "ablation",
+                0,
+                settings | {"branch": branch},
+                dataset.sha256,
+                lambda model, tokenizer, report, branch=branch, settings=settings: ablation(
+                    model, tokenizer, branch, text=dataset.text, **settings, chunk=limits.chunk, progress=report
+                ),
+            )
+            rows.append({"column": column.name, "branch": branch or "whole", "dataset": dataset.name, **value})
+        return rows
 
     def parity(self, column: Column) -> list[dict[str, Any]]:
         """On prose of its own, the same for every model."""

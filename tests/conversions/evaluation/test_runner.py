@@ -31,6 +31,9 @@ SMALL = Limits(
     distances=(64, 128),
     facts=2,
     streams=1,
+    recall_contexts=(200,),
+    context_distances=(64,),
+    ablation_tokens=128,
     contexts=(32, 64),
     decode_steps=2,
     sample_tokens=4,
@@ -75,7 +78,14 @@ def measured(tmp_path_factory, files):
 def test_every_measure_has_every_column(measured):
     _, _, results, seen = measured
     evaluation = results["evaluation"]
-    for part, rows in (("perplexity", 6), ("tasks", 6), ("recall", 6), ("decode", 6), ("by_position", 3)):
+    for part, rows in (
+        ("perplexity", 6),
+        ("tasks", 6),
+        ("recall", 6),
+        ("decode", 6),
+        ("by_position", 3),
+        ("recall_by_context", 3),
+    ):
         assert len(evaluation[part]) == rows, part
         assert {row["column"] for row in evaluation[part]} == {"student", "teacher", "window"}
     assert {"dataset", "window", "stride", "value", "stderr", "bits_per_byte", "n_tokens", "n_windows"} <= set(
