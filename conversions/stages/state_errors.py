@@ -1,0 +1,221 @@
+"""What each choice of state costs in error: windows of many lengths, with linear states of several widths beside them.
+
+For a kv head with a window of w tokens, the sinks and a linear state of F features (0: none), fitted in closed form as
+`features.py` does: E ||W_o (o_wF - o)||^2, the error left in the residual stream against full attention, times the mean
+squared gradient of the teacher's loss at that layer's output, so that layers are comparable.
+
+A pair (w, F > 0) is measured at the windows LINEAR_WINDOWS; between them, the factor by which the linear state changes
+the error of the window alone is interpolated in log w. Prototypes are fitted on the first sequence and measured on the
+others (on the first, where there is no other).
+
+T tokens, H query heads, Hk kv heads, d head_dim, n rows (query positions sampled), F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .features import fit_head
+from .observe import Observed, observe, sample_rows
+
+if TYPE_CHECKING:
+    from ...zoo.core.modeling import RecurrentForCausalLM
+    from ..data import PackedTokens
+
+__all__ = ["Measured", "measure_states"]
+
+WINDOWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
+LINEAR_WINDOWS = (4, 32, 128, 512)
+LINEAR_ROWS = 128
+LARGEST = 60.0  # of a logit: exp of it stays far inside float32
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Measured:
+    """errors: (layers, Hk, widths, windows), the weighted error that each pair leaves; widths[0] is always 0."""
+
+    errors: Tensor
+    windows: tuple[int, ...]
+    widths: tuple[int, ...] = (0,)
+
+
+def measure_states(
+    twin: RecurrentForCausalLM,
+    data: PackedTokens,
+    sinks: int,
+    seed: int,
+    widths: Sequence[int] = (),
+    progress: Progress | None = None,
+) -> Measured:
+    """The error of every window, and of every window beside a linear state of each of `widths` (zeros are ignored).
+
+    Args:
+        twin: the teacher, every layer attention. data: sequences of calibration text. sinks: first tokens kept exact.
+    """
+    windows = tuple(w for w in WINDOWS if w < data.seq_len)
+    wide = tuple(sorted({width for width in widths if width > 0}))
+    alone: list[Tensor] = []
+    factors: list[Tensor] = []
+    fitted: Any = None
+    for number in range(len(data)):
+        layers = observe(twin, data[number]["input_ids"], True, seed + number)
+        alone.append(torch.stack([_window_errors(layer, windows, sinks, seed + number) for layer in layers]))
+        if wide and number == 0:
+            fitted = _fit(twin, layers, wide, windows, sinks, seed)
+        if wide and (number or len(data) == 1):
+            factors.append(
+                torch.stack([_linear_errors(*both, sinks, seed + number) for both in zip(layers, fitted, strict=True)])
+            )
+        if progress:
+            progress((number + 1) * data.seq_len, data.num_tokens)
+    errors = torch.stack(alone).mean(0)[:, :, None]
+    if not wide:
+        return Measured(errors, windows)
+    sums = torch.stack(factors).sum(0)  # (layers, Hk, widths, measured windows, 2): with the linear state, and without
+    ratio = sums[..., 0] / sums[..., 1].clamp(min=1e-30)
+    at = [w for w in LINEAR_WINDOWS if w < data.seq_len]
+    ratio = _interpolated(ratio, at, windows)
+    return Measured(torch.cat([errors, errors * ratio], 2), windows, (0, *wide))
+
+
+def _interpolated(values: Tensor, at: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    """values (..., len(at)) -> (..., len(wanted)), linear in the logarithm, constant beyond the ends."""
+    x, points = (torch.tensor(list(w), dtype=torch.float32).log() for w in (wanted, at))
+    right = torch.searchsorted(points, x).clamp(1, max(len(at) - 1, 1)) if len(at) > 1 else torch.zeros(len(x)).long()
+    left = (right - 1).clamp(min=0)
+    share = ((x - points[left]) / (points[right] - points[left]).clamp(min=1e-9)).clamp(0, 1)
+    return values[..., left] * (1 - share) + values[..., right] * share
+
+
+def _scores(layer: Observed, rows: Tensor, head: int) -> tuple[Tensor, Tensor]:
+    """Scores (groups, n, T) of one kv head's queries, -inf for keys to come, and distances (n, T)."""
+    time, kv_heads, width = layer.k.shape
+    groups = layer.q.shape[1] // kv_heads
+    queries = layer.turned_q[rows, head * groups : (head + 1) * groups]
+    scores = torch.einsum("nhd,td->hnt", queries, layer.turned_k[:, head]) * width**-0.5
+    distance = rows[:, None] - torch.arange(time)[None]
+    return scores.masked_fill(distance < 0, -torch.inf), distance
+
+
+def _residual_error(layer: Observed, head: int, difference: Tensor) -> Tensor:
+    """Weighted mean square of W_o times the difference (groups, n, d) of one kv head's outputs."""
+    groups, _, width = difference.shape
+    o_weight = layer.output_weight.unflatten(1, (-1, width))[:, head * groups : (head + 1) * groups]
+    residual = torch.einsum("hnd,ohd->no", difference, o_weight)
+    return (residual**2).sum(-1).mean() * (layer.gradient**2).mean() * layer.gradient.shape[-1]
+
+
+def _values(layer: Observed, head: int) -> Tensor:
+    """(T, d + 1): values and a one, for the denominator."""
+    return torch.cat([layer.v[:, head], torch.ones(len(layer.v), 1)], -1)
+
+
+@torch.no_grad()
+def _window_errors(layer: Observed, windows: Sequence[int], sinks: int, seed: int) -> Tensor:
+    """(Hk, windows) of one layer and sequence."""
+    time, kv_heads, _ = layer.k.shape
+    rows = sample_rows(time, seed)
+    result = torch.zeros(kv_heads, len(windows))
+    for head in range(kv_heads):
+        scores, distance = _scores(layer, rows, head)
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        values = _values(layer, head)
+        full = _divided(weights @ values)
+        for i, window in enumerate(windows):
+            seen = (distance < window) | (torch.arange(time)[None] < sinks)
+            result[head, i] = _residual_error(layer, head, _divided((weights * seen) @ values) - full)
+    return result
+
+
+def _divided(sums: Tensor) -> Tensor:
+    return sums[..., :-1] / sums[..., -1:]
+
+
+@torch.no_grad()
+def _fit(
+    twin: RecurrentForCausalLM,
+    layers: list[Observed],
+    widths: Sequence[int],
+    windows: Sequence[int],
+    sinks: int,
+    seed: int,
+) -> list[list[Any]]:
+    """Mixers [layer][width and window], their features fitted to one sequence."""
+    from ...zoo.hedgehog.configuration_hedgehog import HedgehogConfig
+    from ...zoo.hedgehog.modeling_hedgehog import HedgehogMixer
+
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    sizes = {name: getattr(twin.config, name) for name in names}
+    rotation = twin.model.rotary.get(torch.arange(len(layers[0].q)))
+    at = [w for w in LINEAR_WINDOWS if w <= windows[-1]]
+    fitted = []
+    for layer in layers:
+        fitted.append([])
+        for width in widths:
+            for window in at:
+                config = HedgehogConfig(
+                    **sizes,
+                    num_hidden_layers=1,
+                    window_size=window,
+                    num_sinks=sinks,
+                    feature_map="prototype",
+                    feature_width=width,
+                )
+                with torch.device("meta"):  # but for the feature maps, nothing of it is used
+                    mixer = HedgehogMixer(config, 0)
+                for name, parameter in list(mixer.named_parameters(recurse=False)):
+                    setattr(mixer, name, torch.nn.Parameter(torch.zeros_like(parameter, device="cpu")))
+                for head in range(layer.k.shape[1]):
+                    fit_head(mixer, layer, head, rotation, seed)
+                fitted[-1].append(mixer)
+    return fitted
+
+
+@torch.no_grad()
+def _linear_errors(layer: Observed, mixers: list[Any], sinks: int, seed: int) -> Tensor:
+    """(Hk, widths, windows, 2) of one layer and sequence: errors with the fitted linear state, and without it."""
+    time, kv_heads, _ = layer.k.shape
+    widths = list(dict.fromkeys(mixer.features for mixer in mixers))
+    windows = list(dict.fromkeys(mixer.lengths[0] for mixer in mixers))
+    rows = sample_rows(time, seed)
+    rows = rows[torch.linspace(0, len(rows) - 1, min(LINEAR_ROWS, len(rows))).long()]
+    result = torch.zeros(kv_heads, len(widths), len(windows), 2)
+    for head in range(kv_heads):
+        scores, distance = _scores(layer, rows, head)
+        largest = scores.amax(-1, keepdim=True)
+        weights, values = (scores - largest).exp(), _values(layer, head)
+        full = _divided(weights @ values)
+        for i, window in enumerate(windows):
+            near = (distance < window) | (torch.arange(time)[None] < sinks)
+            exact = (weights * near) @ values
+            result[head, :, i, 1] = _residual_error(layer, head, _divided(exact) - full)
+            delay = torch.where(near, -torch.inf, (distance - window).float())
+            for j in range(len(widths)):
+                far = _linear_sums(mixers[j * len(windows) + i], layer, rows, head, delay, largest, values)
+                result[head, j, i, 0] = _residual_error(layer, head, _divided(exact + far) - full)
+    return result
+
+
+def _linear_sums(
+    mixer: Any, layer: Observed, rows: Tensor, head: int, delay: Tensor, largest: Tensor, values: Tensor
+) -> Tensor:
+    """(groups, n, d + 1): what the linear state adds to numerator and denominator, both times exp(-largest).
+
+    Args:
+        delay: (n, T) tokens since a key has left the window, -inf for keys that have not. largest: (groups, n, 1).
+    """
+    groups = len(largest)
+    queries = slice(head * groups, (head + 1) * groups)
+    q = torch.zeros(1, len(rows), *layer.q.shape[1:])
+    q[0] = layer.q[rows]
+    features_q = mixer._query_features(q)[0][:, queries].float()
+    features_k = mixer._key_features_of(head, layer.k[:, head]).float()
+    decay = torch.where(delay == -torch.inf, 0.0, (mixer.log_decay[head] * delay).exp())
+    weights = torch.einsum("nhf,tf->hnt", features_q, features_k) * decay
+    return (weights @ values) * (-largest).clamp(max=LARGEST).exp()
