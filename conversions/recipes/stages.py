@@ -61,7 +61,32 @@ class Stage:
 
 
 @dataclasses.dataclass
-class Calibrate(Stage):
+class Measuring(Stage):
+    """What stages have that divide the state budget by measured error; see `stages/allocation.py`.
+
+    Attributes:
+        feature_widths: candidates for the width of a layer's linear state, 0 besides; none: the student's own in all
+            layers, so that only the windows are chosen.
+        budget_context: tokens at which the budget pays for a layer of full attention, which then is a candidate too; 0:
+            layers are kept only where `keep` says so, outside of the budget.
+    """
+
+    feature_widths: list[int] = dataclasses.field(default_factory=list)
+    budget_context: int = 0
+
+    def check(self, recipe: Any) -> None:
+        super().check(recipe)
+        if (wrong := [width for width in self.feature_widths if width < 0]) or self.budget_context < 0:
+            value = wrong[0] if wrong else self.budget_context
+            raise RnnzooError(f"feature_widths and budget_context cannot be negative; one is {value}.")
+        if self.feature_widths and recipe.student_options.get("feature_map") != "prototype":
+            raise RnnzooError("feature_widths are fitted for `feature_map: prototype`, which student_options must have.")
+        if (self.feature_widths or self.budget_context) and recipe.state_budget is None:
+            raise RnnzooError("feature_widths and budget_context divide a state budget; give the recipe a state_budget.")
+
+
+@dataclasses.dataclass
+class Calibrate(Measuring):
     """Closed form, no training: reads the recipe's `calibration_tokens`."""
 
     kind: str = "calibrate"
