@@ -140,6 +140,15 @@ class FullAttention(Mixer):
         q, k, v = self.proj.split(hidden)
         return ctx.rotary.rotate(q, ctx.positions), ctx.rotary.rotate(k, ctx.positions), v
 
+    def mixing_matrix(self, hidden: Tensor, ctx: Context) -> Tensor:
+        """softmax(q k^T / sqrt(d)); rows of padding attend to themselves."""
+        q, k, _ = self.project(hidden, ctx)
+        q = q.unflatten(2, (k.shape[2], -1))
+        scores = torch.einsum("btkgd,bskd->bkgts", q, k).flatten(1, 2) * q.shape[-1] ** -0.5
+        mask = attention_mask(ctx, None, q.shape[1], self.window, q.device)
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return wide.masked_fill(~mask, -torch.inf).softmax(-1)
+
     def read_out(self, o: Tensor, hidden: Tensor) -> Tensor:
         """What the heads have read, o (B, T, H, dv), of the input hidden (B, T, D) -> (B, T, D)."""
         return self.proj.o_proj(o.flatten(-2))

@@ -20,7 +20,7 @@ from torch import Tensor
 from .attention import AttentionProjections
 from .configuration import RecurrentConfig
 from .mixer import AttentionWeights, Context, Mixer, MixerState
-from .recurrences import linear_attention
+from .recurrences import linear_attention, linear_attention_matrix
 
 __all__ = ["LinearMixer", "MatrixState"]
 
@@ -89,11 +89,20 @@ class LinearMixer(Mixer):
         shape = (batch, self.proj.num_kv_heads * self.repeats, self.feature_width, columns)
         return MatrixState(torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32)))
 
-    def forward(self, hidden: Tensor, state: MatrixState | None, ctx: Context):
+    def read(self, hidden: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden (B, T, D) -> phi(q) (B, T, H, F), phi(k) (B, T, Hs, F), v (B, T, Hs, V), of Hs heads with a state."""
         q, k, v = self.proj.split(hidden)
         q, k = self.features(q, k, ctx)
         if self.repeats > 1:
             k, v = k.repeat_interleave(self.repeats, 2), v.repeat_interleave(self.repeats, 2)
+        return q, k, v
+
+    def mixing_matrix(self, hidden: Tensor, ctx: Context) -> Tensor:
+        q, k, _ = self.read(hidden, ctx)
+        return linear_attention_matrix(q, k, self.log_decay(hidden), ctx, normalize=self.normalize)
+
+    def forward(self, hidden: Tensor, state: MatrixState | None, ctx: Context):
+        q, k, v = self.read(hidden, ctx)
         before = None if state is None else state.s
         o, after = linear_attention(q, k, v, self.log_decay(hidden), before, ctx, normalize=self.normalize)
         y = self.proj.o_proj(self.output(o, hidden))

@@ -26,7 +26,7 @@ class ConvolvedProjections(AttentionProjections):
     """q, k and v, each channel through a causal convolution of `taps` tokens and an activation.
 
     Args:
-        activation: "silu", or "none" for the convolution alone.
+        activation: "silu", or "none" for the convolution alone. bias: of the convolution.
     """
 
     def __init__(
@@ -38,12 +38,13 @@ class ConvolvedProjections(AttentionProjections):
         *,
         taps: int,
         activation: str,
+        bias: bool = False,
     ):
         super().__init__(config, key_width, value_width, heads)
         self.widths = [self.num_heads * key_width, self.num_kv_heads * key_width, self.v_heads * value_width]
         self.taps, self.activation = taps, activation
-        # Only its weight is used: the kernel knows about states, documents and padding.
-        self.conv1d = nn.Conv1d(sum(self.widths), sum(self.widths), taps, groups=sum(self.widths), bias=False)
+        # Only its parameters are used: the kernel knows about states, documents and padding.
+        self.conv1d = nn.Conv1d(sum(self.widths), sum(self.widths), taps, groups=sum(self.widths), bias=bias)
 
     @torch.no_grad()
     def load(self, weights: AttentionWeights) -> None:
@@ -51,6 +52,8 @@ class ConvolvedProjections(AttentionProjections):
         super().load(weights)
         self.conv1d.weight.zero_()
         self.conv1d.weight[..., -1] = 1.0
+        if self.conv1d.bias is not None:
+            self.conv1d.bias.zero_()
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The inputs of the convolution that its next call needs: (B, channels, taps - 1)."""
@@ -60,7 +63,7 @@ class ConvolvedProjections(AttentionProjections):
         """hidden (B, T, D) -> q (B, T, H, K), k (B, T, Hk, K), v (B, T, Hv, V), and the state after them."""
         qkv = torch.cat([x.flatten(-2) for x in self.split(hidden)], -1)
         weight, activation = self.conv1d.weight.squeeze(1), None if self.activation == "none" else self.activation
-        qkv, state = convolve(qkv, weight, None, state, ctx, activation=activation)
+        qkv, state = convolve(qkv, weight, self.conv1d.bias, state, ctx, activation=activation)
         q, k, v = qkv.split(self.widths, -1)
         q, k = q.unflatten(-1, (-1, self.key_width)), k.unflatten(-1, (-1, self.key_width))
         return q, k, v.unflatten(-1, (-1, self.value_width)), state

@@ -22,6 +22,8 @@ __all__ = [
     "convolve",
     "delta",
     "linear_attention",
+    "linear_attention_matrix",
+    "one_hot_values",
     "scan",
     "scan_blocks",
     "selective",
@@ -50,6 +52,23 @@ def linear_attention(
         return gated_linear_attention_step(q[:, 0], k[:, 0], v[:, 0], g, state, **options)[:, None], state
     o, after = gated_linear_attention(q, k, v, g, **options, initial_state=state, seq_ids=ctx.seq_ids, mask=ctx.mask)
     return o, cast(Tensor, after)
+
+
+def one_hot_values(q: Tensor, heads: int) -> Tensor:
+    """Values that tell where an output comes from: (B, T, heads, T), of q (B, T, H, K); 1 at the value's own step."""
+    batch, time = q.shape[:2]
+    return torch.eye(time, dtype=q.dtype, device=q.device)[None, :, None].expand(batch, time, heads, time)
+
+
+def linear_attention_matrix(
+    q: Tensor, k: Tensor, g: Tensor | None, ctx: Context, *, scale: float | None = None, normalize: bool = False
+) -> Tensor:
+    """M (B, H, T, T) with which `linear_attention` sums values from nothing seen: o_t = sum_j M_tj v_j.
+
+    It is what the kernel makes of `one_hot_values`, so documents, padding and any kind of decay are in it.
+    """
+    o, _ = linear_attention(q, k, one_hot_values(q, k.shape[2]), g, None, ctx, scale=scale, normalize=normalize)
+    return o.transpose(1, 2)
 
 
 def delta(

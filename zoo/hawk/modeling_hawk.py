@@ -124,13 +124,9 @@ class HawkMixer(Mixer):
         Raises:
             ShapeError: the sizes are not those of `HawkConfig.student_fields`.
         """
-        groups = weights.num_heads // weights.num_kv_heads
-        v, v_bias = (
-            None if x is None else x.unflatten(0, (-1, weights.head_dim)).repeat_interleave(groups, 0).flatten(0, 1)
-            for x in (weights.v, weights.v_bias)
-        )
-        copy_weight(self.linear_x.weight, v, "linear_x.weight", None)
-        copy_weight(self.linear_x.bias, v_bias, "linear_x.bias", 0.0)
+        weights = weights.repeated()
+        copy_weight(self.linear_x.weight, weights.v, "linear_x.weight", None)
+        copy_weight(self.linear_x.bias, weights.v_bias, "linear_x.bias", 0.0)
         copy_weight(self.linear_out.weight, weights.o, "linear_out.weight", None)
         copy_weight(self.linear_out.bias, weights.o_bias, "linear_out.bias", 0.0)
         self.conv_1d.weight.zero_()

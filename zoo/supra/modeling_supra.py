@@ -22,7 +22,7 @@ from transformers import initialization as init
 from ..core.attention import AttentionProjections
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
 from ..core.modeling import model_classes
-from ..core.recurrences import linear_attention
+from ..core.recurrences import linear_attention, linear_attention_matrix
 from ..core.registry import register_mixer
 from .configuration_supra import SupraConfig
 
@@ -73,13 +73,22 @@ class SupraMixer(Mixer):
         shape = (batch, self.proj.num_heads, width, width)
         return SupraState(torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32)))
 
-    def forward(self, hidden: Tensor, state: SupraState | None, ctx: Context):
+    def _read(self, hidden: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v (B, T, H, d) and the log decay (H,)."""
         q, k, v = self.proj.split(hidden)
         q = ctx.rotary.rotate(F.relu(self.phi(q)), ctx.positions)
         k = ctx.rotary.rotate(F.relu(self.phi(k)), ctx.positions)
         groups = self.proj.num_heads // self.proj.num_kv_heads
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
         log_decay = -torch.tensor(self.slopes, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+        return q, k, v, log_decay
+
+    def mixing_matrix(self, hidden: Tensor, ctx: Context) -> Tensor:
+        q, k, _, log_decay = self._read(hidden, ctx)
+        return linear_attention_matrix(q, k, log_decay, ctx)
+
+    def forward(self, hidden: Tensor, state: SupraState | None, ctx: Context):
+        q, k, v, log_decay = self._read(hidden, ctx)
         o, s = linear_attention(q, k, v, log_decay, None if state is None else state.s, ctx)
         o = F.layer_norm(o, o.shape[-1:])
         return self.proj.o_proj(o.flatten(-2)), None if state is None else SupraState(s)
