@@ -80,9 +80,9 @@ class Measuring(Stage):
             value = wrong[0] if wrong else self.budget_context
             raise RnnzooError(f"feature_widths and budget_context cannot be negative; one is {value}.")
         if self.feature_widths and recipe.student_options.get("feature_map") != "prototype":
-            raise RnnzooError("feature_widths are fitted for `feature_map: prototype`, which student_options must have.")
+            raise RnnzooError("feature_widths are fitted for `feature_map: prototype`; student_options must have it.")
         if (self.feature_widths or self.budget_context) and recipe.state_budget is None:
-            raise RnnzooError("feature_widths and budget_context divide a state budget; give the recipe a state_budget.")
+            raise RnnzooError("feature_widths and budget_context divide a budget; give the recipe a state_budget.")
 
 
 @dataclasses.dataclass
