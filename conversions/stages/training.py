@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ...zoo.core.registry import ATTENTION_TYPES
 from ..files import replace_text
 from ..processes import Processes, rows_per_step
 from .schedules import rate_factor
@@ -30,71 +32,39 @@ if TYPE_CHECKING:
     from ..data import PackedTokens
     from ..recipes.stages import TrainedStage
 
-__all__ = ["Report", "StageTrainer", "cut_metrics", "is_new", "newest_checkpoint", "read_metrics", "train_stage"]
+__all__ = [
+    "Report",
+    "StageRules",
+    "StageTrainer",
+    "cut_metrics",
+    "is_new",
+    "newest_checkpoint",
+    "part_of",
+    "read_metrics",
+    "run_trainer",
+    "stage_arguments",
+    "train_stage",
+]
 
 CHECKPOINTS = 6  # in a stage
 COMPLETE = "complete"  # a checkpoint without this file was cut off while it was written
 
 
-class StageTrainer(Trainer):
-    """A Trainer whose loss comes from a frozen teacher as well; subclasses say how."""
+class StageRules:
+    """What a stage asks of a Trainer: its learning rates and schedule, and rows in the order in which they are."""
 
-    # Our losses are means over the micro-batch; Trainer must divide them by the number of accumulation steps.
-    loss_is_scaled_for_ga = False
-
-    def __init__(self, *args: Any, stage: TrainedStage, twin: RecurrentForCausalLM, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.stage = stage
-        self.twin = twin.to(self.args.device)
-        self.model_accepts_loss_kwargs = False
-        self.windows = contextlib.ExitStack()  # open from loss to loss: checkpointed layers run again in between
-
-    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None) -> Tensor:
-        """Mean over the tokens of ids (B, T); seq_ids (B, T), None where each row is one document.
-
-        Called inside the forward pass of what wraps the student: `model` is the student itself, its weights are whole,
-        and gradients of whatever part of it is used are summed over the processes.
-        """
-        raise NotImplementedError
-
-    @contextlib.contextmanager
-    def loss_as_forward(self) -> Iterator[None]:
-        """Lets the student's forward pass, given `rows`, be the loss of these: wrappers know no other way in."""
-        student: Any = self.model
-        plain = student.forward
-
-        def forward(*args: Any, rows: tuple[Tensor, Tensor | None] | None = None, **kwargs: Any) -> Any:
-            return plain(*args, **kwargs) if rows is None else self.loss(student, *rows)
-
-        student.forward = forward
-        try:
-            yield
-        finally:
-            self.windows.close()
-            for name in ("forward", "_original_forward"):  # ours, and what accelerate has put around it
-                vars(student).pop(name, None)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.windows.close()
-        share = kept_share(self.stage.window_dropout, self.args.seed, self.state.global_step, inputs["input_ids"])
-        self.windows.enter_context(reduced_windows(self.model, share))
-        # Trainer's own autocast covers the wrapped model's forward only, not the head and the losses.
-        with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.args.bf16):
-            seq_ids = inputs["seq_ids"]
-            if bool((seq_ids == seq_ids[:, :1]).all()):
-                seq_ids = None  # rows of one document each need no masks
-            if model is self.model:
-                loss = self.loss(model, inputs["input_ids"], seq_ids)
-            else:
-                loss = model(rows=(inputs["input_ids"], seq_ids))
-        return (loss, None) if return_outputs else loss
+    stage: TrainedStage
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    train_dataset: Any
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups: dict[float, list[nn.Parameter]] = {}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    rate = self.stage.new_lr if is_new(name) else self.stage.lr
+                    rate = self.stage.rate(part_of(name, self.model.config.layer_types))
                     groups.setdefault(rate, []).append(parameter)
             self.optimizer = torch.optim.AdamW(
                 [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
@@ -125,10 +95,73 @@ class StageTrainer(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
+class StageTrainer(StageRules, Trainer):
+    """A Trainer whose loss comes from a frozen teacher as well; subclasses say how."""
+
+    # Our losses are means over the micro-batch; Trainer must divide them by the number of accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, stage: TrainedStage, twin: RecurrentForCausalLM | None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.stage = stage
+        self.twin: Any = None if twin is None else twin.to(self.args.device)
+        self.model_accepts_loss_kwargs = False
+        self.windows = contextlib.ExitStack()  # open from loss to loss: checkpointed layers run again in between
+
+    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None, *others: Any) -> Tensor:
+        """Mean over the tokens of ids (B, T); seq_ids (B, T), None where each row is one document; what else rows have.
+
+        Called inside the forward pass of what wraps the student: `model` is the student itself, its weights are whole,
+        and gradients of whatever part of it is used are summed over the processes.
+        """
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def loss_as_forward(self) -> Iterator[None]:
+        """Lets the student's forward pass, given `rows`, be the loss of these: wrappers know no other way in."""
+        student: Any = self.model
+        plain = student.forward
+
+        def forward(*args: Any, rows: tuple[Any, ...] | None = None, **kwargs: Any) -> Any:
+            return plain(*args, **kwargs) if rows is None else self.loss(student, *rows)
+
+        student.forward = forward
+        try:
+            yield
+        finally:
+            self.windows.close()
+            for name in ("forward", "_original_forward"):  # ours, and what accelerate has put around it
+                vars(student).pop(name, None)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.windows.close()
+        share = kept_share(self.stage.window_dropout, self.args.seed, self.state.global_step, inputs["input_ids"])
+        self.windows.enter_context(reduced_windows(self.model, share))
+        # Trainer's own autocast covers the wrapped model's forward only, not the head and the losses.
+        with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.args.bf16):
+            seq_ids = inputs["seq_ids"]
+            if bool((seq_ids == seq_ids[:, :1]).all()):
+                seq_ids = None  # rows of one document each need no masks
+            others = (value for name, value in inputs.items() if name not in ("input_ids", "seq_ids"))
+            rows = (inputs["input_ids"], seq_ids, *others)
+            loss = self.loss(model, *rows) if model is self.model else model(rows=rows)
+        return (loss, None) if return_outputs else loss
+
+
 def is_new(name: str) -> bool:
     """Is the parameter the student's own, not one that came from the teacher?"""
     old = (".proj.", "in_proj", "out_proj", "b_norm", "c_norm")
     return ".mixer." in name and not any(part in name for part in old)
+
+
+def part_of(name: str, layer_types: list[str]) -> str:
+    """Whose learning rate a parameter has: "new", "mixers", kept "attention", or "rest"; see `TrainedStage.rate`."""
+    layer = re.search(r"layers\.(\d+)\.mixer\.", name)
+    if layer is None:
+        return "rest"
+    if layer_types[int(layer[1])] in ATTENTION_TYPES:
+        return "attention"
+    return "new" if is_new(name) and ".lora_" not in name else "mixers"
 
 
 class Report(TrainerCallback):
@@ -161,7 +194,7 @@ class Report(TrainerCallback):
 def train_stage(
     trainer_class: type[StageTrainer],
     student: RecurrentForCausalLM,
-    twin: RecurrentForCausalLM,
+    twin: RecurrentForCausalLM | None,
     stage: TrainedStage,
     data: PackedTokens,
     folder: Path,
@@ -175,22 +208,36 @@ def train_stage(
     """Trains the student in place; goes on from the newest whole checkpoint in `folder`.
 
     Args:
+        twin: the teacher, on any device; None: the loss asks none.
         trains: whether the parameter of this name is trained.
+        data: rows, each a dictionary of input_ids, seq_ids and whatever else the loss takes, in its order.
     Returns:
         tokens, seconds, loss_first, loss_last of the stage; of several processes the main one has them.
     Raises:
         RnnzooError: the rows of a step cannot be divided among the processes.
     """
     processes = Processes()
-    folder.mkdir(parents=True, exist_ok=True)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(trains(name))
     per_step = rows_per_step(batch_tokens, data.seq_len, len(data), processes.count)
     steps = max(1, len(data) // per_step)
-    arguments = TrainingArguments(
+    arguments = TrainingArguments(**stage_arguments(stage, folder, steps, per_step, bf16, seed))
+    trainer = trainer_class(model=student, args=arguments, train_dataset=data, stage=stage, twin=twin)
+    with trainer.loss_as_forward():
+        report = run_trainer(trainer, folder, per_step * data.seq_len, progress)
+    if twin is not None:
+        twin.cpu()
+    return report
+
+
+def stage_arguments(
+    stage: TrainedStage, folder: Path, steps: int, per_step: int, bf16: bool, seed: int
+) -> dict[str, Any]:
+    """Settings of a Trainer that takes `steps` optimiser steps of `per_step` rows, of all processes together."""
+    return dict(
         output_dir=str(folder),
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=per_step // processes.count,
+        gradient_accumulation_steps=per_step // Processes().count,
         max_steps=steps,
         learning_rate=stage.lr,
         max_grad_norm=stage.max_grad_norm,
@@ -208,32 +255,30 @@ def train_stage(
         report_to=[],
         disable_tqdm=True,
     )
-    report = Report(folder, per_step * data.seq_len, progress)
+
+
+def run_trainer(
+    trainer: Trainer, folder: Path, tokens_per_step: int, progress: Callable[[int, int, dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Trains from the newest whole checkpoint in `folder` on; returns the report, in the main process."""
+    processes, student = Processes(), trainer.model
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint = processes.first(lambda: newest_checkpoint(folder))
     if processes.main:
         cut_metrics(folder, checkpoint)
-    student.config.use_cache = False
-    trainer = trainer_class(
-        model=student,
-        args=arguments,
-        train_dataset=data,
-        callbacks=[report] if processes.main else [],
-        stage=stage,
-        twin=twin,
-    )
+        trainer.add_callback(Report(folder, tokens_per_step, progress))
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
-    with trainer.loss_as_forward():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    student.config.use_cache = False
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     student.config.use_cache = True
     student.eval().cpu()
-    twin.cpu()
     if not processes.main:
         return {}
     lines = read_metrics(folder)
     return {
-        "tokens": steps * per_step * data.seq_len,
+        "tokens": trainer.state.max_steps * tokens_per_step,
         "seconds": round(lines[-1]["seconds"], 1),
         "loss_first": lines[0]["loss"],
         "loss_last": sum(line["loss"] for line in lines[-4:]) / len(lines[-4:]),
