@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,11 +12,16 @@ from ..zoo.core.mixer import Mixer
 from ..zoo.core.registry import mixer_class
 from .processes import rows_per_step
 from .recipes import Recipe, check_recipe, load_recipe, parse_keep
-from .recipes.stages import TrainedStage
+from .recipes.stages import Align, Stage, TrainedStage
+from .stages.layer_targets import check_target
+from .stages.window_dropout import check_window_dropout
 from .student import layer_types, student_config, window_slots
 from .teachers import TeacherRef
 
-__all__ = ["check_batches", "keep_steps", "prepare_recipe"]
+if TYPE_CHECKING:
+    from ..zoo.core.configuration import RecurrentConfig
+
+__all__ = ["check_batches", "check_stages", "keep_steps", "prepare_recipe", "stage_steps", "stage_tokens"]
 
 
 def prepare_recipe(
@@ -59,7 +65,7 @@ def prepare_recipe(
     if len(kept) == teacher.config.num_hidden_layers:
         raise RnnzooError(f"keep {recipe.keep} keeps every layer as attention; leave at least one to convert.")
     types = layer_types(teacher, recipe, kept)
-    student_config(teacher, recipe, types)
+    check_stages(recipe, student_config(teacher, recipe, types))
     if recipe.state_budget is not None:
         window_slots(teacher, recipe, types, dtype)
     return recipe
@@ -76,23 +82,74 @@ def _with_student(recipe: Recipe, student: str) -> Recipe:
     return dataclasses.replace(recipe, student=student, student_options={}, stages=stages, state_budget=budget)
 
 
+def check_stages(recipe: Recipe, config: RecurrentConfig) -> None:
+    """Refuses settings of stages that the student's layers cannot meet.
+
+    Args:
+        config: of the student.
+    Raises:
+        RnnzooError: names the stage, and what would do.
+    """
+    for stage in recipe.stages:
+        try:
+            if isinstance(stage, Align):
+                check_target(stage.target, recipe.student, config)
+            if isinstance(stage, TrainedStage) and stage.window_dropout:
+                check_window_dropout(recipe.student)
+        except RnnzooError as error:
+            raise RnnzooError(f"The recipe {recipe.name}, stage {stage.name}: {error}") from None
+
+
 def check_batches(recipe: Recipe, teacher: TeacherRef, count: int) -> None:
     """Refuses a recipe whose steps cannot be divided among `count` processes.
 
     Raises:
         RnnzooError: names what would do.
     """
-    steps = len(keep_steps(recipe, teacher.config.num_hidden_layers))
     for stage in recipe.stages:
-        tokens = int(recipe.tokens * stage.share / steps)
-        if tokens and isinstance(stage, TrainedStage):
-            rows_per_step(recipe.batch_tokens, recipe.seq_len, max(1, tokens // recipe.seq_len), count)
+        for tokens in stage_tokens(recipe, stage, teacher.config.num_hidden_layers):
+            if tokens and isinstance(stage, TrainedStage):
+                rows_per_step(recipe.batch_tokens, recipe.seq_len, max(1, tokens // recipe.seq_len), count)
 
 
 def keep_steps(recipe: Recipe, layers: int) -> list[str]:
-    """What stays attention at each step: progressively less, or the end at once."""
+    """What stays attention at each step: progressively less, one layer less a step, or the end at once.
+
+    Progressively, a quarter of the layers is converted first. Step by step, the layers 0, 2, 4 ... come before the
+    others. Both orders are those of The Mamba in the Llama.
+    """
     target = set(parse_keep(recipe.keep, layers))
+    if recipe.stepwise:
+        converted = sorted(set(range(layers)) - target, key=lambda layer: (layer % 2, layer))
+        kept = [sorted(set(range(layers)) - set(converted[: number + 1])) for number in range(len(converted) - 1)]
+        return [_written(numbers) for numbers in kept] + [recipe.keep]
     if not recipe.progressive:
         return [recipe.keep]
-    shares = [f"1/{n}" for n in (2, 4, 8) if n <= layers]
+    shares = [_written([layer for layer in range(layers) if layer % 4])] if layers >= 4 else []
+    shares += [f"1/{n}" for n in (2, 4, 8) if n <= layers]
     return [share for share in shares if set(parse_keep(share, layers)) > target] + [recipe.keep]
+
+
+def _written(layers: list[int]) -> str:
+    return ",".join(map(str, layers))
+
+
+def stage_steps(recipe: Recipe, stage: Stage, layers: int) -> list[bool]:
+    """Of which of the `keep_steps` a stage is part."""
+    kept = [len(parse_keep(keep, layers)) for keep in keep_steps(recipe, layers)]
+    last, half = len(kept) - 1, layers // 2
+    return [
+        {
+            "each": True,
+            "last": number == last,
+            "up to half": left >= half or number == 0,
+            "from half": left <= half or number == last,
+        }[stage.steps]
+        for number, left in enumerate(kept)
+    ]
+
+
+def stage_tokens(recipe: Recipe, stage: Stage, layers: int) -> list[int]:
+    """Training tokens of a stage at each of the `keep_steps`: its share in equal parts, 0 where it has no part."""
+    part = stage_steps(recipe, stage, layers)
+    return [int(recipe.tokens * stage.share / sum(part)) if chosen else 0 for chosen in part]

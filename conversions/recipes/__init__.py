@@ -6,7 +6,8 @@ keep                            layers that stay attention: none, a share such a
 state_budget                    bytes of recurrent state in all, divided among windows by measured error
 seq_len, tokens, batch_tokens   length of a training sequence; training tokens in all; tokens of an optimiser step
 calibration_tokens              text of the closed-form stage
-progressive                     convert 1/2, 3/4, 7/8 ... of the layers, with a full run of the stages at each step
+progressive                     convert 1/4, 1/2, 3/4, 7/8 ... of the layers, with a run of the stages at each step
+stepwise                        the same, but one layer more at each step
 stages                          list of {name, kind, share, ...}, see `stages.py`
 """
 
@@ -47,6 +48,7 @@ class Recipe:
     batch_tokens: int = 4096
     calibration_tokens: int = 6144
     progressive: bool = False
+    stepwise: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -122,8 +124,8 @@ def _checked(cls: type, raw: Any, where: str) -> Any:
             raw[name] = float(value) if kind == "float" else int(value)
             continue
         expected = {"str": str, "bool": bool, "dict[str, Any]": dict}.get(kind, list)
-        names = kind != "list[str]" or (isinstance(value, list) and all(isinstance(item, str) for item in value))
-        if not isinstance(value, expected) or not names:
+        items = {"list[str]": str, "list[int]": int}.get(kind, object)
+        if not isinstance(value, expected) or (expected is list and not all(isinstance(item, items) for item in value)):
             raise RnnzooError(f"{where}: {name} is {value!r}; expected {field.type}.")
     return cls(**raw)
 
@@ -139,6 +141,8 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     students = [name for name in known_mixers() if name not in ATTENTION_TYPES]
     if recipe.student not in students:
         raise RnnzooError(f"{where}: there is no mixer {recipe.student!r}; known are {', '.join(students)}.")
+    if recipe.progressive and recipe.stepwise:
+        raise RnnzooError(f"{where}: progressive and stepwise are two ways to convert; choose one.")
     if len({stage.name for stage in recipe.stages}) != len(recipe.stages):
         raise RnnzooError(f"{where}: two stages have the same name; name them differently.")
     for stage in recipe.stages:

@@ -1,7 +1,7 @@
 """Window dropout: in training, some rows see less of a layer's exact window, so that the linear state must carry text.
 
-A layer that has both tends to leave its state unused (arXiv 2510.05901, whose remedy this is: "scheduled sliding-window
-dropout"). Here a row loses with probability `window_dropout` either the window and the sinks of all layers, so that only
+A layer with both tends to leave its state unused (arXiv 2510.05901, whose remedy this is: "scheduled sliding-window
+dropout"). Here a row loses with probability `window_dropout` either window and sinks of all layers, so that only
 the linear branch works, or a random part of every window's length, one as likely as the other.
 
 The choice depends on the seed, the step and the row's tokens alone: a run that was stopped, or divided among processes
@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.errors import RnnzooError
 from ...zoo.core.mixer import Mixer
+from ...zoo.core.registry import mixer_class
 
-__all__ = ["drops_windows", "kept_share", "reduced_windows"]
+__all__ = ["check_window_dropout", "drops_windows", "kept_share", "reduced_windows"]
 
 WINDOW, LINEAR = "window", "linear"
 
@@ -28,6 +30,19 @@ WINDOW, LINEAR = "window", "linear"
 def drops_windows(mixer: type[Mixer] | Mixer) -> bool:
     """Does such a layer have a window that it can do without?"""
     return {WINDOW, LINEAR} <= set(mixer.branches)
+
+
+def check_window_dropout(student: str) -> None:
+    """Refuses a student without windows that could be dropped.
+
+    Raises:
+        RnnzooError: names it.
+    """
+    if not drops_windows(mixer_class(student)):
+        raise RnnzooError(
+            f"window_dropout needs layers with an exact window beside a linear state, which '{student}' layers do not "
+            "have; leave it out."
+        )
 
 
 def kept_share(probability: float, seed: int, step: int, ids: Tensor) -> float:
@@ -43,7 +58,7 @@ def kept_share(probability: float, seed: int, step: int, ids: Tensor) -> float:
 
 @contextlib.contextmanager
 def reduced_windows(student: nn.Module, share: float) -> Iterator[None]:
-    """Within the block, layers with a window and a linear state see `share` of the window (at least the token itself)."""
+    """Within the block, layers with a window and a linear state see `share` of the window, at least the token itself."""
     with contextlib.ExitStack() as stack:
         for mixer in student.modules() if share < 1 else ():
             if not isinstance(mixer, Mixer) or not drops_windows(mixer):

@@ -157,15 +157,17 @@ def test_wrong_keep(keep, message):
 def test_progressive_steps_convert_more_and_more_and_undo_nothing(layers):
     recipe = dataclasses.replace(load_recipe("mamba-in-llama"), keep="none")
     steps = keep_steps(recipe, layers)
-    assert steps == [f"1/{n}" for n in (2, 4, 8) if n <= layers] + ["none"]
+    quarter = [",".join(str(layer) for layer in range(layers) if layer % 4)] if layers >= 4 else []
+    assert steps == quarter + [f"1/{n}" for n in (2, 4, 8) if n <= layers] + ["none"]
     kept = [set(parse_keep(step, layers)) for step in steps]
     assert all(later < earlier for earlier, later in zip(kept, kept[1:], strict=False))
 
 
 def test_progress_ends_at_what_was_asked_for():
     recipe = load_recipe("mamba-in-llama")
-    assert keep_steps(recipe, 24) == ["1/2"]
-    assert keep_steps(dataclasses.replace(recipe, keep="1/4"), 24) == ["1/2", "1/4"]
+    quarter = ",".join(str(layer) for layer in range(24) if layer % 4)
+    assert keep_steps(recipe, 24) == [quarter, "1/2"]
+    assert keep_steps(dataclasses.replace(recipe, keep="1/4"), 24) == [quarter, "1/2", "1/4"]
     assert keep_steps(dataclasses.replace(recipe, keep="0"), 4)[-1] == "0"
     assert keep_steps(dataclasses.replace(recipe, keep="none", progressive=False), 24) == ["none"]
 

@@ -52,7 +52,7 @@ def student_of(teacher, mixer: str = "hedgehog", keep=()):
 
 def trainer_of(cls, student, twin, folder, **stage):
     arguments = training.TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[])
-    stage = Train("test", **stage)
+    stage = KINDS["align" if cls is AlignLayers else "train"]("test", **stage)
     return cls(model=student, args=arguments, train_dataset=some_rows(), stage=stage, twin=twin)
 
 
@@ -136,7 +136,7 @@ def test_accumulated_rows_are_one_batch(teacher, twin, tmp_path, kind):
     student, reference = student_of(teacher), student_of(teacher)
     rows = some_rows(4)
     cls = TrainEndToEnd if kind == "train" else AlignLayers
-    trainer = trainer_of(cls, reference, twin, tmp_path, kl=0.5, ce=0.5)
+    trainer = trainer_of(cls, reference, twin, tmp_path, **({} if kind == "align" else LOSSES))
     ids = rows.input_ids.long()
     loss = sum(trainer.loss(reference, row[None], None) for row in ids) / 4
     if kind == "train":  # rows of one document each have equally many labels, so this is the loss of the batch
