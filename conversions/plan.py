@@ -10,15 +10,13 @@ import torch
 
 from ..zoo.core.registry import ATTENTION_TYPES
 from ..zoo.core.sizes import parameter_count, state_bytes
+from .devices import FLOPS_PER_CORE, parse_devices
 from .prepare import keep_steps, prepare_recipe
 from .recipes import parse_keep
 from .student import layer_types, student_config
 from .teachers import resolve_teacher
 
 __all__ = ["Plan", "make_plan"]
-
-# Sustained matmul rate of one core in bfloat16, measured in training on AVX-512 BF16; an estimate anywhere else.
-FLOPS_PER_CORE = 50e9
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,21 @@ def make_plan(
     seq_len: int | None = None,
     batch_tokens: int | None = None,
     revision: str | None = None,
+    devices: str | None = None,
 ) -> Plan:
     """Layer map, parameters, memory, state, tokens, time and licence; no weights are loaded.
 
     Time is 2 FLOP per parameter and token for each forward pass and 4 for a backward pass, at 50 GFLOP/s a core.
 
+    Args:
+        teacher: as `resolve_teacher` takes it; a folder with config.json alone will do.
+        devices: such as "8xH100": adds what the conversion takes on these, by the formulas of `estimate.py`.
     Raises:
         RnnzooError: as `convert` would for the same input.
     """
-    found = resolve_teacher(teacher, revision=revision)
+    if devices is not None:
+        parse_devices(devices)
+    found = resolve_teacher(teacher, revision=revision, weights=False)
     own = {"student": student, "keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}
     chosen = prepare_recipe(recipe, found, **own, batch_tokens=batch_tokens)
     config = found.config
@@ -66,6 +70,11 @@ def make_plan(
         passes = 6 if stage.kind == "calibrate" else 8
         flops += passes * found.parameters * used
         stages.append({"stage": stage.name, "kind": stage.kind, "tokens": used, "trains": stage.trainable()})
+    on_devices = {}
+    if devices is not None:
+        from .estimate import estimate
+
+        on_devices = {"devices": estimate(devices, found, chosen, built)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Plan(
         {
@@ -84,6 +93,7 @@ def make_plan(
             "training": {"tokens": chosen.tokens, "seq_len": chosen.seq_len},
             "memory_bytes": 22 * found.parameters + 2 * chosen.seq_len * built.hidden_size * len(types) * 60,
             "time_seconds": flops / (FLOPS_PER_CORE * cores),
+            **on_devices,
             "stages": stages,
             "layers": [
                 {"layer": i, "mixer": kind, "state": "grows with the text" if kind in ATTENTION_TYPES else "constant"}

@@ -103,13 +103,16 @@ class TeacherRef:
         return folder_tokenizer(folder, self.config, local_files_only=True)
 
 
-def resolve_teacher(name: str | None, *, revision: str | None = None, cache_dir: str | None = None) -> TeacherRef:
+def resolve_teacher(
+    name: str | None, *, revision: str | None = None, cache_dir: str | None = None, weights: bool = True
+) -> TeacherRef:
     """Finds a teacher and reads its config; of the weights only file headers.
 
     Args:
         name: a folder, a path that ends in .gguf, a Hub id ("owner/model"), or None or "embedded" for the built-in one.
         revision: branch, tag or commit of a Hub id.
         cache_dir: the Hub's cache, if not the usual one.
+        weights: False takes a folder with config.json alone as well, for questions that its sizes answer.
     Raises:
         RnnzooError: not found, not reachable, damaged, or not a causal decoder of a supported family.
     """
@@ -118,7 +121,7 @@ def resolve_teacher(name: str | None, *, revision: str | None = None, cache_dir:
     path = Path(name).expanduser()
     with user_errors(f"The teacher {name} cannot be read"):
         if path.is_dir():
-            return _folder(path)
+            return _folder(path, weights)
         if path.suffix.lower() == ".gguf":
             return _gguf(path)
         if path.is_file():
@@ -153,10 +156,10 @@ def _gguf(path: Path) -> TeacherRef:
     return TeacherRef(path.stem, "gguf", path.parent.resolve(), path.name, config, sha, licence, family)
 
 
-def _folder(path: Path) -> TeacherRef:
+def _folder(path: Path, weights: bool) -> TeacherRef:
     family, config = _read_config(path, str(path))
-    weights = _weight_files(path)
-    sha = content_hash([path / "config.json", *weights])
+    files = _weight_files(path) if weights or any(path.glob("model*.safetensors*")) else []
+    sha = content_hash([path / "config.json", *files])
     name = path.resolve().name
     card = stated_in_card(path)
     return TeacherRef(name, "folder", path.resolve(), None, config, sha, card.get("licence"), family, card=card)

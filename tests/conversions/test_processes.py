@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -104,7 +103,8 @@ def stop_after(process: subprocess.Popen, out: Path, stage: str, step: int) -> N
     while not whole.exists():
         assert time.monotonic() < limit and process.poll() is None, process.communicate()
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:  # torchrun's are no group
+        one.kill()
     process.communicate()
 
 
@@ -112,9 +112,7 @@ def stop_after(process: subprocess.Popen, out: Path, stage: str, step: int) -> N
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_stopped_run_goes_on_with_another_number_of_processes(given, alone, tmp_path, before, after):
     out = tmp_path / "model"
-    process = subprocess.Popen(
-        command(before, given, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+    process = subprocess.Popen(command(before, given, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     stop_after(process, out, "distill", 2)
     assert not (out / "model.safetensors").exists()
     done = run(after, given, out)

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @conversion_options
+@click.option(
+    "--devices", metavar="NxNAME", help="Memory, tokens/s and time on these, such as 8xH100, 1xA100 or 2xcpu."
+)
 @output_options
 def command(output: Output, **options: Any) -> None:
     """Show what converting TEACHER would do: layer map, parameters, memory, state, tokens, time, licence.
 
-    TEACHER as in `rnnzoo convert`. No weights are loaded.
+    TEACHER as in `rnnzoo convert`, or a folder with its config.json alone. No weights are loaded.
     """
     from ..conversions.plan import make_plan
 
@@ -76,6 +79,8 @@ def _words(key: str, value: Any) -> str:
         return format_bytes(value)
     if "seconds" in key:
         return format_seconds(value)
+    if key.endswith("per_second"):
+        return f"{format_count(round(value))}/s"
     if "parameters" in key or "tokens" in key:
         return format_count(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
