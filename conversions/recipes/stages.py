@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from ...kernels.errors import RnnzooError
 
 __all__ = [
     "KINDS",
+    "WINDOW_PARTS",
     "Align",
     "Calibrate",
     "Distilled",
@@ -38,6 +39,11 @@ class Stage:
     kind: str = ""
     share: float = 0.0
     steps: str = "each"
+    own_rows: ClassVar[bool] = False  # whether it reads something else than rows of the recipe's training text
+
+    def row_length(self, recipe: Any) -> int:
+        """Tokens of a row that it reads."""
+        return recipe.seq_len
 
     def trainable(self) -> str:
         """What it trains, in a word."""
@@ -55,6 +61,8 @@ class Stage:
         """
         if not 0 <= self.share <= 1:
             raise RnnzooError(f"share is {self.share:g}; it must lie between 0 and 1.")
+        if self.own_rows and self.name in ("calibration", "training", "evaluation"):
+            raise RnnzooError(f"{self.name} is the name of a part of the text; name the stage differently.")
         for name, allowed in self.choices().items():
             if getattr(self, name) not in allowed:
                 raise RnnzooError(f"{name} is {getattr(self, name)!r}; expected one of {allowed}.")
@@ -85,16 +93,51 @@ class Measuring(Stage):
             raise RnnzooError("feature_widths and budget_context divide a budget; give the recipe a state_budget.")
 
 
+PARTS = ("windows", "features", "decay", "scale", "output", "value")
+WINDOW_PARTS = ("windows", "features")
+
+
 @dataclasses.dataclass
 class Calibrate(Measuring):
-    """Closed form, no training: reads the recipe's `calibration_tokens`."""
+    """Closed form, no training: reads the recipe's `calibration_tokens`.
+
+    Attributes:
+        parts: of PARTS, which run in that order; none: those that the student has (`chosen`). Windows and features are
+            for hedgehog layers, see `stages/calibrate.py`, the others for all, see `stages/closed_form.py`.
+        ridge: how strongly output and value are drawn to the weights that they replace.
+        correct: share of what the layers before left that a layer mends, from 0 to 1.
+        weighting: of the tokens: "norm", by 1 / |h|^2 of the teacher's stream, as its norms see errors; "gradient", by
+            the mean squared gradient of its loss; or "none".
+    """
 
     kind: str = "calibrate"
+    parts: list[str] = dataclasses.field(default_factory=list)
+    ridge: float = 0.03
+    correct: float = 0.5
+    weighting: str = "norm"
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        return super().choices() | {"weighting": ("norm", "gradient", "none")}
+
+    def chosen(self, recipe: Any) -> list[str]:
+        """The parts of a recipe's stage, in their order."""
+        windowed = recipe.student == "hedgehog"
+        usual = ("windows", "features", "output") if windowed else ("decay", "scale", "output")
+        chosen = [part for part in PARTS if part in (self.parts or usual)]
+        return chosen if recipe.state_budget is not None or self.parts else [p for p in chosen if p != "windows"]
 
     def check(self, recipe: Any) -> None:
         super().check(recipe)
-        if recipe.student != "hedgehog":
-            raise RnnzooError(f"a calibrate stage is for hedgehog layers; the student is {recipe.student}.")
+        if unknown := [part for part in self.parts if part not in PARTS]:
+            raise RnnzooError(f"parts has {unknown[0]!r}; expected some of {', '.join(PARTS)}.")
+        if wrong := [part for part in self.parts if part in WINDOW_PARTS and recipe.student != "hedgehog"]:
+            raise RnnzooError(f"the part {wrong[0]} is for hedgehog layers; the student is {recipe.student}.")
+        if "windows" in self.parts and recipe.state_budget is None:
+            raise RnnzooError("the part windows divides a budget; give the recipe a state_budget.")
+        if self.ridge <= 0:
+            raise RnnzooError(f"ridge is {self.ridge:g}; it must be positive.")
+        if not 0 <= self.correct <= 1:
+            raise RnnzooError(f"correct is {self.correct:g}; it must lie between 0 and 1.")
 
 
 @dataclasses.dataclass
@@ -123,6 +166,10 @@ class TrainedStage(Stage):
 
     def choices(self) -> dict[str, tuple[str, ...]]:
         return super().choices() | {"schedule": ("cosine", "linear", "constant")}
+
+    def takes(self, recipe: Any, rows: int) -> bool:
+        """Whether it has something to train on, where `rows` of the text are its share."""
+        return rows > 0
 
     def rate(self, what: str) -> float:
         """Peak learning rate of parameters that are "new", of the "mixers", of kept "attention", or of the "rest"."""
@@ -290,10 +337,14 @@ class Extend(Distilled):
     """
 
     kind: str = "extend"
+    own_rows: ClassVar[bool] = True
     length: int = 16384
     chunk: int = 2048
     grad_chunks: int = 1
     beyond: float = 1.0
+
+    def row_length(self, recipe: Any) -> int:
+        return self.length
 
     def check(self, recipe: Any) -> None:
         super().check(recipe)
@@ -312,8 +363,12 @@ class OwnData(EndToEnd):
         share: of the recipe's tokens, as much of the data as these are; 0: all of it, `epochs` times.
     """
 
+    own_rows: ClassVar[bool] = True
     trains: str = "all"
     data: str | None = None
+
+    def takes(self, recipe: Any, rows: int) -> bool:
+        return recipe.tokens > 0
 
 
 @dataclasses.dataclass

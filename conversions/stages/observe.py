@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ...zoo.core.modeling import RecurrentForCausalLM
 
-__all__ = ["Observed", "observe", "sample_rows"]
+__all__ = ["Observed", "observe", "sample_rows", "token_weights"]
 
 ROWS = 384
 
@@ -34,21 +34,7 @@ class Observed:
 
 def observe(twin: RecurrentForCausalLM, ids: Tensor, with_gradient: bool, seed: int) -> list[Observed]:
     """Runs the twin over ids (T,); the gradient is of the loss on labels drawn from its own predictions."""
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
-    hooks = []
-    for block in twin.model.layers:
-        hooks.append(block.mixer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach())))
-        hooks.append(block.mixer.proj.o_proj.register_forward_hook(lambda _, args, out: _keep(out, outputs)))
-    try:
-        embedded = twin.model.embed_tokens(ids[None]).detach().requires_grad_(with_gradient)
-        with torch.set_grad_enabled(with_gradient):
-            hidden = twin.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            if with_gradient:
-                hidden.backward(_sampled_gradient(twin, hidden.detach()[0], seed)[None])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    inputs, outputs = _run(twin, ids, None, with_gradient, seed)
     ctx = twin.model.make_context(1, len(ids), ids.device)
     layers = []
     with torch.no_grad():
@@ -59,6 +45,39 @@ def observe(twin: RecurrentForCausalLM, ids: Tensor, with_gradient: bool, seed: 
             heads = [x[0].float() for x in (q, k, v, turned_q, turned_k)]
             layers.append(Observed(*heads, gradient, block.mixer.proj.o_proj.weight.float()))
     return layers
+
+
+def token_weights(twin: RecurrentForCausalLM, ids: Tensor, seq_ids: Tensor | None, seed: int) -> Tensor:
+    """(layers, T): the mean squared gradient, as in `observe`, at each token of each layer's attention output.
+
+    Args:
+        ids: (T,). seq_ids: (T,), None where the row is one document.
+    """
+    _, outputs = _run(twin, ids, seq_ids, True, seed)
+    return torch.stack([output.grad[0].float().square().mean(-1) for output in outputs if output.grad is not None])
+
+
+def _run(
+    twin: RecurrentForCausalLM, ids: Tensor, seq_ids: Tensor | None, with_gradient: bool, seed: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs and outputs (1, T, D) of every attention layer; the outputs hold their gradients."""
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    hooks = []
+    for block in twin.model.layers:
+        hooks.append(block.mixer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach())))
+        hooks.append(block.mixer.proj.o_proj.register_forward_hook(lambda _, args, out: _keep(out, outputs)))
+    try:
+        embedded = twin.model.embed_tokens(ids[None]).detach().requires_grad_(with_gradient)
+        documents = None if seq_ids is None else seq_ids[None]
+        with torch.set_grad_enabled(with_gradient):
+            hidden = twin.model(inputs_embeds=embedded, seq_ids=documents, use_cache=False).last_hidden_state
+            if with_gradient:
+                hidden.backward(_sampled_gradient(twin, hidden.detach()[0], seed)[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return inputs, outputs
 
 
 def _keep(output: Tensor, outputs: list[Tensor]) -> None:

@@ -1,0 +1,245 @@
+"""Converted layers refitted in closed form, one after the other, each on what the layers before it really give.
+
+Two streams of hidden states go through the blocks side by side: the teacher's h and the student's s, of all rows of
+the calibration text at one layer at a time. Where a layer was converted:
+
+decay     its heads start to forget at the pace at which the teacher's heads look back (`distances`).
+scale     o_h <- o_h <t_h, o_h> / <o_h, o_h> for the heads' outputs o_h and the teacher's t_h, in W_o's columns.
+output    W_o <- argmin_W  sum_t w_t |y_t W^T - target_t|^2 + lambda |W - W_o|^2, y_t what W_o is given, gates and norms
+          included; target_t = attention(h)_t + correct (h_t - s_t), so that a layer mends in part what those before it
+          left; lambda is relative to the mean diagonal of sum_t w_t y_t^T y_t; w_t see `weights`.
+value     the same least squares in W_v, where y is linear in it (`values`), and then in W_o once more.
+
+W is drawn to the weight that it replaces, not to zero: little text changes little, and the error cannot grow.
+Decay and scale after Taylor-Calibrate (2026); layer by layer on the student's own inputs, as GPTQ (Frantar et al. 2022)
+quantises.
+
+N rows of T tokens, D hidden_size, I inputs of W_o, H query heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.errors import RnnzooError
+from ...zoo.core.mixer import Context, Mixer
+from ...zoo.core.registry import ATTENTION_TYPES
+from .distances import Distances
+from .least_squares import Gram
+
+if TYPE_CHECKING:
+    from ...zoo.core.modeling import RecurrentBlock, RecurrentForCausalLM
+    from ..data import PackedTokens
+
+__all__ = ["ClosedForm", "fit_layers", "output_projection"]
+
+Report = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosedForm:
+    """What to fit and how; the words are those of this module's docstring, ridge is lambda's share of the diagonal."""
+
+    parts: Sequence[str] = ("decay", "scale", "output")
+    ridge: float = 0.03
+    correct: float = 0.5
+    weighting: str = "norm"
+
+
+@dataclasses.dataclass
+class Stream:
+    """One row of text on its way through a model: hidden (1, T, D), and what a layer hands on to the later ones."""
+
+    hidden: Tensor
+    ctx: Context
+    carried: Tensor | None = None
+
+    @classmethod
+    def of(cls, model: RecurrentForCausalLM, row: dict[str, Tensor]) -> Stream:
+        device = model.model.embed_tokens.weight.device
+        ids, seq_ids = (row[name][None].to(device) for name in ("input_ids", "seq_ids"))
+        seq_ids = None if bool((seq_ids == seq_ids[:, :1]).all()) else seq_ids
+        ctx = model.model.make_context(*ids.shape, device, seq_ids=seq_ids)
+        return cls(model.model.enter(model.model.embed_tokens(ids)), ctx)
+
+    def mixed(self, block: RecurrentBlock) -> Tensor:
+        """What the block's mixer gives, the stream staying where it is."""
+        ctx = dataclasses.replace(self.ctx, carried=self.carried)
+        return block.mixer(block.input_layernorm(self.hidden), None, ctx)[0]
+
+    def advance(self, block: RecurrentBlock) -> None:
+        self.hidden, _, self.carried = block(self.hidden, None, self.ctx, self.carried)
+
+
+@torch.no_grad()
+def fit_layers(
+    student: RecurrentForCausalLM,
+    twin: RecurrentForCausalLM,
+    data: PackedTokens,
+    how: ClosedForm,
+    only: Container[int] | None = None,
+    weights: Tensor | None = None,
+    bf16: bool = False,
+    report: Report = lambda done, total: None,
+) -> list[dict[str, float]]:
+    """Refits the converted layers (those in `only`; None: all) in place.
+
+    Args:
+        weights: (layers, N, T), of the tokens in each layer's least squares; None: all alike.
+        bf16: run the layers in bfloat16 where autocast does; sums are float64 in any case.
+    Returns:
+        A dict for each layer that was refitted: layer, and the relative squared errors of its output `before` and
+        `after`, weighted as the fit is.
+    Raises:
+        RnnzooError: a layer's outputs are not finite.
+    """
+    device = student.model.embed_tokens.weight.device
+    found = []
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        teachers, students = ([Stream.of(model, data[i]) for i in range(len(data))] for model in (twin, student))
+        for number, (theirs, ours) in enumerate(zip(twin.model.layers, student.model.layers, strict=True)):
+            converted = student.config.layer_types[number] not in ATTENTION_TYPES
+            output = output_projection(ours.mixer)
+            if not converted or output is None or not (only is None or number in only):
+                for stream in teachers:
+                    stream.advance(theirs)
+            else:
+                layer = Layer(theirs, ours, output, how, None if weights is None else weights[number])
+                layer.teach(teachers)
+                before, after = layer.fit(students)
+                if not math.isfinite(after):
+                    raise RnnzooError(
+                        f"The outputs of the student's layer {number} are not finite on the calibration text; leave "
+                        "the calibrate stage out, or choose another student."
+                    )
+                found.append({"layer": number, "before": before, "after": after})
+            for stream in students:
+                stream.advance(ours)
+            report(number + 1, len(student.model.layers))
+    return found
+
+
+class Layer:
+    """A converted layer, and what its teacher said of the calibration text.
+
+    Args:
+        theirs, ours: the blocks of the two. output: the last linear layer of ours. weights: (N, T), or None.
+    """
+
+    def __init__(
+        self, theirs: RecurrentBlock, ours: RecurrentBlock, output: nn.Linear, how: ClosedForm, weights: Tensor | None
+    ):
+        self.theirs, self.ours, self.output, self.how, self.gradients = theirs, ours, output, how, weights
+        self.heads: list[Tensor] = []  # (T, H * d) each, before the teacher's W_o
+        self.wanted: list[Tensor] = []  # (T, D): attention(h) + correct h
+        self.weights: list[Tensor | None] = []  # (T,)
+        self.fits_heads = theirs.mixer.proj.o_proj.in_features == output.in_features
+
+    def teach(self, streams: list[Stream]) -> None:
+        """Moves the teacher's streams on, keeps what its attention said, and sets our decay."""
+        mixer = self.theirs.mixer
+        distances = Distances(mixer) if "decay" in self.how.parts and has_decay(type(self.ours.mixer)) else None
+        for stream in streams:
+            hidden = stream.hidden
+            with caught(mixer) as layer, caught(mixer.proj.o_proj) as projection:
+                stream.advance(self.theirs)
+            self.heads.append(projection.given[0])
+            self.wanted.append(layer.output[0].float() + self.how.correct * hidden[0].float())
+            self.weights.append(self.weight_of(hidden[0] + layer.output[0], len(self.weights)))
+            if distances is not None:
+                distances.add(layer.given, stream.ctx)
+        if distances is not None:
+            self.ours.mixer.set_decay(-math.log(2) / distances.mean().to(self.output.weight.device))
+
+    def weight_of(self, hidden: Tensor, row: int) -> Tensor | None:
+        """Of the tokens of a row in the least squares, (T,), from the teacher's stream (T, D) behind the layer."""
+        if self.how.weighting == "norm":
+            return 1 / hidden.float().square().mean(-1)
+        return None if self.gradients is None else self.gradients[row]
+
+    def fit(self, streams: list[Stream]) -> tuple[float, float]:
+        """Scale and output; the layer's weighted relative errors before and after."""
+        gram, dots = self.sums(streams)
+        weight = before = with_bias(self.output)
+        if dots is not None and "scale" in self.how.parts:
+            factors = dots[0] / dots[1].clamp(min=torch.finfo(torch.float64).tiny)
+            columns = factors.repeat_interleave(self.output.in_features // len(factors))
+            weight = gram.scaled(weight, nn.functional.pad(columns, (0, weight.shape[1] - len(columns)), value=1.0))
+        if "output" in self.how.parts:
+            weight = gram.refit(weight, self.how.ridge)
+        set_with_bias(self.output, weight)
+        return (gram.error(before), gram.error(weight)) if gram.finite() else (math.nan, math.nan)
+
+    def sums(self, streams: list[Stream]) -> tuple[Gram, Tensor | None]:
+        """Over the inputs of our W_o, and <t_h, o_h> and <o_h, o_h> (2, H) where our heads are as wide as theirs."""
+        gram = Gram(with_bias(self.output).shape[1], self.output.out_features, self.output.weight.device)
+        heads = self.theirs.mixer.proj.num_heads
+        dots = torch.zeros(2, heads, dtype=torch.float64, device=gram.g.device) if self.fits_heads else None
+        for i, stream in enumerate(streams):
+            weight = self.weights[i]
+            with caught(self.output) as seen:
+                stream.mixed(self.ours)
+            y = seen.given[0].to(torch.promote_types(self.output.weight.dtype, torch.float32))
+            wanted = self.wanted[i].to(y) - self.how.correct * stream.hidden[0].to(y)
+            if dots is not None:
+                said, taught = (x.double().unflatten(-1, (heads, -1)) for x in (y, self.heads[i]))
+                share = 1.0 if weight is None else weight.double()[:, None, None]
+                dots += torch.stack([(x * said * share).sum((0, 2)) for x in (taught, said)])
+            if self.output.bias is not None:
+                y = nn.functional.pad(y, (0, 1), value=1.0)
+            gram.add(y, wanted, weight)
+        return gram, dots
+
+
+def output_projection(mixer: Mixer) -> nn.Linear | None:
+    """The linear layer that writes a mixer's output into the residual stream; None: it has none that we know."""
+    for name in ("proj.o_proj", "out_proj", "linear_out"):
+        with contextlib.suppress(AttributeError):
+            found = mixer.get_submodule(name)
+            return found if isinstance(found, nn.Linear) else None
+    return None
+
+
+def has_decay(mixer: type[Mixer]) -> bool:
+    return mixer.set_decay is not Mixer.set_decay
+
+
+def with_bias(linear: nn.Linear) -> Tensor:
+    """(O, I), with the bias as one more column where there is one."""
+    parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias[:, None]]
+    return torch.cat(parts, 1).double()
+
+
+def set_with_bias(linear: nn.Linear, weight: Tensor) -> None:
+    linear.weight.copy_(weight[:, : linear.in_features])
+    if linear.bias is not None:
+        linear.bias.copy_(weight[:, -1])
+
+
+@dataclasses.dataclass
+class Caught:
+    """The first argument and the output (of a tuple the first) of a module's last call."""
+
+    given: Tensor = dataclasses.field(init=False)
+    output: Tensor = dataclasses.field(init=False)
+
+
+@contextlib.contextmanager
+def caught(module: nn.Module) -> Iterator[Caught]:
+    found = Caught()
+
+    def keep(_: Any, args: tuple, output: Any) -> None:
+        found.given, found.output = args[0], output[0] if isinstance(output, tuple) else output
+
+    hook = module.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        hook.remove()

@@ -1,0 +1,57 @@
+"""Least squares from streamed sums: the weight of a linear layer whose inputs and wanted outputs come a row at a time.
+
+    minimise  sum_t w_t |y_t W^T - z_t|^2 + lambda |W - W_0|^2
+    W = W_0 + ((G + lambda)^-1 (C - G W_0^T))^T,   G = sum_t w_t y_t^T y_t,   C = sum_t w_t y_t^T z_t
+
+y_t (I,) inputs, z_t (O,) wanted outputs, w_t >= 0, W_0 the weight so far. The sums are kept in float64, and take
+I (I + O) numbers however many tokens there are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Gram"]
+
+
+class Gram:
+    """The sums G (I, I), C (I, O) and sum_t w_t |z_t|^2."""
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device | None = None):
+        self.g = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.c = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, y: Tensor, z: Tensor, weight: Tensor | None = None) -> None:
+        """Takes in y (n, I) and z (n, O), with weights (n,); None: 1. Products are float32, or float64 for such y."""
+        y, z = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (y, z))
+        with torch.autocast(y.device.type, enabled=False):
+            weighted = y if weight is None else y * weight.to(y)[:, None]
+            self.g += weighted.T @ y
+            self.c += weighted.T @ z
+            squares = z.double().square().sum(-1)
+            self.total += (squares if weight is None else squares * weight.to(squares)).sum()
+
+    def finite(self) -> bool:
+        return bool(self.g.isfinite().all() and self.c.isfinite().all() and self.total.isfinite())
+
+    def error(self, weight: Tensor) -> float:
+        """sum_t w_t |y_t W^T - z_t|^2 over the sum of w_t |z_t|^2, for a weight (O, I)."""
+        w = weight.double()
+        left = self.total + ((w @ self.g - 2 * self.c.T) * w).sum()
+        return float(left.clamp(min=0) / self.total.clamp(min=torch.finfo(torch.float64).tiny))
+
+    def refit(self, weight: Tensor, ridge: float) -> Tensor:
+        """The minimum (O, I), float64, drawn to `weight` by lambda = ridge times the mean of G's diagonal."""
+        w = weight.double()
+        level = ridge * float(self.g.diagonal().mean())
+        if level <= 0:
+            return w
+        system = self.g + level * torch.eye(len(self.g), dtype=self.g.dtype, device=self.g.device)
+        return w + torch.cholesky_solve(self.c - self.g @ w.T, torch.linalg.cholesky(system)).T
+
+    def scaled(self, weight: Tensor, factors: Tensor) -> Tensor:
+        """`weight` (O, I) with its columns times factors (I,), where that lowers the error; else `weight`."""
+        scaled = weight.double() * factors.double()
+        return scaled if self.error(scaled) < self.error(weight) else weight.double()
