@@ -12,10 +12,10 @@ import torch
 
 from ..zoo.core.sizes import causal_lm_class
 from .memory import return_freed_memory
-from .prepare import keep_steps
+from .prepare import keep_steps, stage_steps, stage_tokens
 from .processes import Processes
 from .recipes import Recipe, parse_keep
-from .recipes.stages import Calibrate, TrainedStage
+from .recipes.stages import Calibrate, Extend, OwnData, TrainedStage
 from .results import write_results
 from .run import FINISHED, Run, write_json
 from .stages import run_stage
@@ -109,8 +109,12 @@ class Job:
         write_json(path, texts)
         return texts
 
-    def packed(self, name: str, tokens: int) -> Any:
-        """Calibration or training rows, made once and kept for a restart."""
+    def packed(self, name: str, tokens: int, length: int | None = None) -> Any:
+        """Rows, made once and kept for a restart: "calibration", or of the training text "training" and other names.
+
+        Args:
+            length: tokens of a row, if not the recipe's.
+        """
         from .data import PackedTokens, TextHashes, pack
 
         folder = self.run.folder / "data"
@@ -119,12 +123,12 @@ class Job:
         if path.exists():
             return PackedTokens.load(path)
         exclude = [TextHashes.of(self.evaluation_texts, "evaluation")]
-        if name == "training":
+        if name != "calibration":
             exclude.append(self.packed("calibration", self.recipe.calibration_tokens).hashes)
         rows = pack(
-            self.corpus.documents(name, seed=self.seed),
+            self.corpus.documents("calibration" if name == "calibration" else "training", seed=self.seed),
             self.tokenizer,
-            self.recipe.seq_len,
+            length or self.recipe.seq_len,
             tokens,
             name=name,
             source=self.corpus.source,
@@ -143,7 +147,7 @@ class Job:
         self.processes.first(self.teacher.fetch)
         student = self._saved_student()
         self.processes.first(self._prepare_data)
-        used = 0
+        used: dict[str, int] = {}
         for number, keep in enumerate(steps):
             prefix = f"{number + 1}-" if len(steps) > 1 else ""
             name = f"{prefix}initialise"
@@ -153,12 +157,16 @@ class Job:
             earlier = parse_keep(steps[number - 1], layers) if number else range(layers)
             fresh = sorted(set(earlier) - set(parse_keep(keep, layers)))
             for stage in self.recipe.stages:
-                tokens = int(self.recipe.tokens * stage.share / len(steps))
-                rows = max(1, tokens // self.recipe.seq_len) if tokens else 0
-                part = Part(f"{prefix}{stage.name}", range(used, used + rows), fresh)
-                used += rows
+                if not stage_steps(self.recipe, stage, layers)[number]:
+                    continue
+                tokens = stage_tokens(self.recipe, stage, layers)[number]
+                rows = max(1, tokens // stage.row_length(self.recipe)) if tokens else 0
+                text = stage.name if stage.own_rows else "training"
+                first = used.get(text, 0)
+                used[text] = first + rows
+                part = Part(f"{prefix}{stage.name}", range(first, first + rows), fresh)
                 if self.run.record(part.name) is None:
-                    if rows == 0 and isinstance(stage, TrainedStage):
+                    if isinstance(stage, TrainedStage) and not stage.takes(self.recipe, rows):
                         continue
                     work = functools.partial(run_stage, self, stage, student, part)
                     if isinstance(stage, TrainedStage):  # by all processes together
@@ -229,10 +237,20 @@ class Job:
 
     def _prepare_data(self) -> None:
         """Makes all rows before the first stage, so that unusable text stops a run before it began."""
-        if self.recipe.tokens and any(isinstance(stage, TrainedStage) for stage in self.recipe.stages):
+        trained = (
+            [stage for stage in self.recipe.stages if isinstance(stage, TrainedStage)] if self.recipe.tokens else []
+        )
+        if any(not stage.own_rows for stage in trained):
             self.packed("training", self.recipe.tokens)
-        elif any(isinstance(stage, Calibrate) for stage in self.recipe.stages):
+        elif trained or any(isinstance(stage, Calibrate) for stage in self.recipe.stages):
             self.packed("calibration", self.recipe.calibration_tokens)
+        for stage in trained:
+            if isinstance(stage, Extend) and stage.share:
+                self.packed(stage.name, int(self.recipe.tokens * stage.share), stage.length)
+            elif isinstance(stage, OwnData):
+                from .stages.examples import prepare_examples
+
+                prepare_examples(self, stage)
 
     def train(
         self,
@@ -241,12 +259,21 @@ class Job:
         stage: TrainedStage,
         part: Part,
         trains: Callable[[str], bool],
+        *,
+        data: Any = None,
+        twin: Any = True,
     ) -> dict[str, Any]:
-        """Trains the student in place on the rows of `part`, against the twin; see `train_stage`."""
+        """Trains the student in place against a teacher; see `train_stage`.
+
+        Args:
+            data: rows; None: those of `part`, of the training text.
+            twin: another teacher than the one that is converted; None: no teacher.
+        """
         from .stages.training import train_stage
 
-        data = self.packed("training", self.recipe.tokens).rows(part.rows.start, len(part.rows))
-        twin = self.twin
+        if data is None:
+            data = self.packed("training", self.recipe.tokens).rows(part.rows.start, len(part.rows))
+        twin = self.twin if twin is True else twin
         self.__dict__.pop("model", None)  # in float32 and no longer needed; a later step loads it again
         return_freed_memory()
         return train_stage(
@@ -275,14 +302,13 @@ class Job:
         return found[0] if found else self.corpus.source
 
     def evaluate(self) -> dict[str, Any]:
-        from .data import TextHashes, refuse_overlap
+        from .data import PackedTokens, TextHashes, refuse_overlap
         from .evaluation import Dataset, evaluate
 
         texts = self.evaluation_texts
         hashes = TextHashes.of(texts, "evaluation")
-        for name in ("calibration", "training"):
-            if (self.run.folder / "data" / f"{name}.safetensors").exists():
-                refuse_overlap(hashes, self.packed(name, 0).hashes)
+        for file in sorted((self.run.folder / "data").glob("*.safetensors")):
+            refuse_overlap(hashes, PackedTokens.load(file).hashes)
         results = self.results()
         record = {
             "sha256": hashes.sha256,

@@ -34,12 +34,12 @@ def write_results(run: Run, recipe: Recipe, teacher: TeacherRef, dtype: torch.dt
     shown = [{k: v for k, v in stage.items() if k not in ("student", "kept", "teacher_perplexity")} for stage in done]
     text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
     records = {}
-    for name in ("calibration", "training"):
-        file = run.folder / "data" / f"{name}.safetensors"
-        if file.exists():
-            from .data import PackedTokens
+    for file in sorted((run.folder / "data").glob("*.safetensors")):
+        from .data import PackedTokens
 
-            records[name] = PackedTokens.load(file).record()
+        records[file.stem] = PackedTokens.load(file).record()
+    for file in sorted((run.folder / "data").glob("*.json")):  # of examples, which a stage has of its own
+        records[file.stem] = json.loads(file.read_text(encoding="utf-8"))
     results["model"] = (results.get("model") or {}) | {
         "name": run.out.resolve().name,
         "architecture": recipe.student,

@@ -198,7 +198,7 @@ class Align(TrainedStage):
         inputs: of the mixers: hidden states of the "teacher", or those that the "student" makes itself; no gradient
             goes from a layer into the one before.
         order: all layers in "parallel", or "sequential", one after the other with an equal part of the steps each.
-        trains: what is "new" in the converted "mixers", or all of them.
+        trains: what is "new" in the converted "mixers", or all of them; "features": what is new, but no decay.
     """
 
     kind: str = "align"
@@ -210,7 +210,7 @@ class Align(TrainedStage):
     trains: str = "new"
 
     def trainable(self) -> str:
-        return "new parameters" if self.trains == "new" else self.trains
+        return "mixers" if self.trains == "mixers" else f"new {'features' if self.trains == 'features' else 'parameters'}"
 
     def choices(self) -> dict[str, tuple[str, ...]]:
         return super().choices() | {
@@ -218,7 +218,7 @@ class Align(TrainedStage):
             "loss": ("relative", "mse", "norm"),
             "inputs": ("teacher", "student"),
             "order": ("parallel", "sequential"),
-            "trains": ("new", "mixers"),
+            "trains": ("new", "features", "mixers"),
         }
 
     def check(self, recipe: Any) -> None:
