@@ -10,12 +10,14 @@ import torch
 from ..kernels.errors import RnnzooError
 from ..zoo.core.mixer import Mixer
 from ..zoo.core.registry import mixer_class
+from .budget import check_budget
 from .processes import rows_per_step
 from .recipes import Recipe, check_recipe, load_recipe, parse_keep
-from .recipes.stages import Align, Stage, TrainedStage
+from .recipes.stages import WINDOW_PARTS, Align, Calibrate, Stage, TrainedStage
+from .stages.calibrate import check_parts
 from .stages.layer_targets import check_target
 from .stages.window_dropout import check_window_dropout
-from .student import layer_types, student_config, window_slots
+from .student import layer_types, student_config
 from .teachers import TeacherRef
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def prepare_recipe(
 
     Args:
         student: another mixer than the recipe's. What is made for the recipe's own falls away: its options, and the
-            closed-form stage with its state budget where the mixer has no windows to divide.
+            state budget with the parts of the closed-form stage that divide it, where the mixer has no windows.
 
     Raises:
         RnnzooError: an unknown or wrong recipe, or values that do not fit the teacher.
@@ -67,7 +69,7 @@ def prepare_recipe(
     types = layer_types(teacher, recipe, kept)
     check_stages(recipe, student_config(teacher, recipe, types))
     if recipe.state_budget is not None:
-        window_slots(teacher, recipe, types, dtype)
+        check_budget(teacher, recipe, types, dtype)
     return recipe
 
 
@@ -77,9 +79,20 @@ def _with_student(recipe: Recipe, student: str) -> Recipe:
         raise RnnzooError(
             f"A '{student}' layer cannot be started from an attention layer; `rnnzoo list` says which can."
         )
-    stages = [stage for stage in recipe.stages if stage.kind != "calibrate" or student == "hedgehog"]
-    budget = recipe.state_budget if student == "hedgehog" else None
-    return dataclasses.replace(recipe, student=student, student_options={}, stages=stages, state_budget=budget)
+    if student == "hedgehog":
+        return dataclasses.replace(recipe, student=student, student_options={})
+    stages = [found for stage in recipe.stages if (found := _without_windows(stage)) is not None]
+    return dataclasses.replace(recipe, student=student, student_options={}, stages=stages, state_budget=None)
+
+
+def _without_windows(stage: Stage) -> Stage | None:
+    """A calibrate stage less what divides a budget, as it is for a student of fixed size; None if nothing is left."""
+    if not isinstance(stage, Calibrate):
+        return stage
+    parts = [part for part in stage.parts if part not in WINDOW_PARTS]
+    if stage.parts and not parts:
+        return None
+    return dataclasses.replace(stage, parts=parts, feature_widths=[], budget_context=0)
 
 
 def check_stages(recipe: Recipe, config: RecurrentConfig) -> None:
@@ -94,6 +107,8 @@ def check_stages(recipe: Recipe, config: RecurrentConfig) -> None:
         try:
             if isinstance(stage, Align):
                 check_target(stage.target, recipe.student, config)
+            if isinstance(stage, Calibrate):
+                check_parts(stage, recipe.student)
             if isinstance(stage, TrainedStage) and stage.window_dropout:
                 check_window_dropout(recipe.student)
         except RnnzooError as error:

@@ -11,8 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..kernels.errors import RnnzooError
 from ..zoo.core.mixer import AttentionWeights
-from ..zoo.core.registry import ATTENTION_TYPES, config_class
-from ..zoo.core.sizes import causal_lm_class, state_bytes
+from ..zoo.core.registry import config_class
+from ..zoo.core.sizes import causal_lm_class
 from .recipes import Recipe
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ __all__ = [
     "continue_from",
     "layer_types",
     "student_config",
-    "window_slots",
 ]
 
 
@@ -86,31 +85,9 @@ def attention_twin(teacher: TeacherRef, model: PreTrainedModel, dtype: torch.dty
     return twin.eval().requires_grad_(False)
 
 
-def window_slots(teacher: TeacherRef, recipe: Recipe, types: list[str], dtype: torch.dtype) -> int:
-    """Window tokens, of one kv head each, that the recipe's state budget buys for all converted layers together.
-
-    Raises:
-        RnnzooError: not one for each head.
-    """
-    kv_heads = teacher.family.student_config(teacher.config)["num_key_value_heads"]
-    heads = kv_heads * sum(kind not in ATTENTION_TYPES for kind in types)
-
-    def size(window: int) -> int:
-        config = student_config(teacher, recipe, types, window_sizes=[[window] * kv_heads] * len(types))
-        return state_bytes(config, dtype)
-
-    least = size(1)
-    if recipe.state_budget < least:
-        raise RnnzooError(
-            f"A state budget of {recipe.state_budget:,} bytes is too small: with windows of one token, the recipe "
-            f"{recipe.name} takes {least:,} for this teacher."
-        )
-    return heads + (recipe.state_budget - least) // ((size(2) - least) // heads)
-
-
 @torch.no_grad()
 def continue_from(student: RecurrentForCausalLM, previous: RecurrentForCausalLM) -> None:
-    """Takes over what an earlier step trained; layers converted only now start from its attention."""
+    """Takes over what an earlier step trained; layers converted only now start from its attention, and vice versa."""
     trained = previous.state_dict()
     for i, (new, old) in enumerate(zip(student.model.layers, previous.model.layers, strict=True)):
         if type(new.mixer) is type(old.mixer):
@@ -124,5 +101,8 @@ def continue_from(student: RecurrentForCausalLM, previous: RecurrentForCausalLM)
             weights[name] = None if norm is None else norm.weight
         sizes = dict(num_heads=proj.num_heads, num_kv_heads=proj.num_kv_heads, head_dim=proj.head_dim)
         new.mixer.init_from_attention(AttentionWeights(**weights, **sizes))
+    # A linear state of another width starts anew.
+    ours = student.state_dict()
+    trained = {name: tensor for name, tensor in trained.items() if ours[name].shape == tensor.shape}
     student.load_state_dict(trained, strict=False)
     student.tie_weights()

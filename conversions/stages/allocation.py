@@ -13,38 +13,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ...kernels.errors import RnnzooError
-from ...zoo.core.registry import ATTENTION_TYPES
-from ...zoo.core.sizes import state_bytes
-from ..student import student_config
-from .state_errors import Measured
 
 if TYPE_CHECKING:
-    from ..recipes import Recipe
-    from ..teachers import TeacherRef
+    from ..budget import Costs
+    from .state_errors import Measured
 
-__all__ = ["Allocation", "Costs", "allocate", "state_costs"]
+__all__ = ["Allocation", "allocate"]
 
 UNITS, UNITS_PER_HEAD = 20_000, 64  # most cells of the budget: rounding up costs a head half of one, on average
 KEPT = -1  # instead of a width: full attention
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Bytes of each thing.
-
-    Attributes:
-        layer: of a converted layer before any window: sinks and the count. token: of a window, per kv head.
-        feature: of a linear state, per kv head and unit of width.
-        attention: of a kept layer's keys and values at the context that the recipe names; None: not a candidate.
-    """
-
-    layer: int
-    token: int
-    feature: int
-    attention: int | None = None
 
 
 @dataclass
@@ -63,25 +42,6 @@ class Allocation:
     state_bytes: int = 0
     attention_bytes: int = 0
     error: float = 0.0
-
-
-def state_costs(teacher: TeacherRef, recipe: Recipe, types: list[str], dtype: torch.dtype, context: int = 0) -> Costs:
-    """Read off the states themselves, so that they are those of the cache.
-
-    Args:
-        context: tokens for which a kept attention layer is paid; 0: it is not a candidate.
-    """
-    fields = teacher.family.student_config(teacher.config)
-    kv_heads, count = fields["num_key_value_heads"], sum(kind not in ATTENTION_TYPES for kind in types)
-
-    def size(window: int, width: int) -> int:
-        own = {"window_sizes": [[window] * kv_heads] * len(types), "feature_widths": [width] * len(types)}
-        return state_bytes(student_config(teacher, recipe, types, **own), dtype) // count
-
-    least = size(1, 0)
-    token, feature = (size(2, 0) - least) // kv_heads, (size(1, 2) - least) // kv_heads // 2
-    attention = context * 2 * kv_heads * fields["head_dim"] * dtype.itemsize if context else None
-    return Costs(least - token * kv_heads, token, feature, attention)
 
 
 def allocate(

@@ -12,7 +12,6 @@ from rnnzoo.conversions.student import (
     continue_from,
     layer_types,
     student_config,
-    window_slots,
 )
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
@@ -223,29 +222,6 @@ def test_state_bytes_are_those_of_the_cache_at_any_length(teachers, mixer, optio
         assert cache.num_bytes() == said
 
 
-@pytest.mark.parametrize("options", [{}, {"ring_bits": [8, 4]}, {"feature_map": "prototype", "feature_width": 3}])
-@pytest.mark.parametrize("keep", [[], [0]])
-def test_slots_use_the_budget_up_to_one_token(teachers, options, keep):
-    ref, _ = teachers("llama")
-    recipe = recipe_of("hedgehog", num_sinks=2, **options)
-    types = layer_types(ref, recipe, keep)
-    heads = 2 * types.count("hedgehog")
-    for budget in (9_000, 12_345, 20_000):
-        recipe.state_budget = budget
-        slots = window_slots(ref, recipe, types, torch.bfloat16)
-        share, rest = divmod(slots, heads)
-        sizes = [[share] * 2 for _ in types]
-        used = [state_bytes(student_config(ref, recipe, types, window_sizes=sizes), torch.bfloat16)]
-        for row in sizes:
-            row[:] = [share + 1] * 2
-        used.append(state_bytes(student_config(ref, recipe, types, window_sizes=sizes), torch.bfloat16))
-        token = (used[1] - used[0]) // heads
-        assert used[0] + rest * token <= budget < used[0] + (rest + 1) * token
-    recipe.state_budget = 100
-    with pytest.raises(RnnzooError, match=r"100 bytes is too small: .* takes [\d,]+ for this teacher"):
-        window_slots(ref, recipe, types, torch.bfloat16)
-
-
 @pytest.mark.parametrize("mixer", STUDENTS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt_neox"])
 @torch.no_grad()
@@ -274,3 +250,23 @@ def test_options_that_no_layer_knows_or_that_do_not_fit_are_refused(teachers):
         student_config(ref, recipe_of("hedgehog", window_sizes=[[1, 1]]), ["hedgehog"] * 2)
     with pytest.raises(RnnzooError, match="student cannot be built"):
         student_config(ref, recipe_of("hedgehog", window_size="wide"), ["hedgehog"] * 2)
+
+
+@torch.no_grad()
+def test_a_linear_state_of_another_width_starts_anew_and_all_else_goes_on(teachers):
+    """Trained projections stay, also where the budget makes a layer attention again."""
+    teacher = teachers("llama")
+    options = {"feature_map": "prototype", "feature_widths": [4, 4]}
+    before = student_of(teacher, "hedgehog", **options)
+    for parameter in before.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    after = student_of(teacher, "hedgehog", **options | {"feature_widths": [4, 2], "window_size": 9})
+    continue_from(after, before)
+    old, new = before.state_dict(), after.state_dict()
+    same = [name for name in old if old[name].shape == new[name].shape]
+    assert len(old) - len(same) == 3 and all(torch.equal(old[name], new[name]) for name in same)
+    kept = student_of(teacher, "hedgehog", keep=[1], **options)
+    continue_from(kept, before)
+    for name in "qkvo":
+        weights = [getattr(model.model.layers[1].mixer.proj, f"{name}_proj").weight for model in (kept, before)]
+        assert torch.equal(*weights)

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
+from rnnzoo.conversions.budget import Costs, state_costs
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.stages.allocation import Costs, allocate, state_costs
+from rnnzoo.conversions.stages.allocation import allocate
 from rnnzoo.conversions.stages.state_errors import Measured
 from rnnzoo.conversions.student import layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
@@ -143,7 +144,7 @@ def test_the_bytes_of_a_plan_are_those_of_the_cache(family, bits, tmp_path):
     recipe = Recipe("test", "hedgehog", [], student_options=options)
     types = layer_types(teacher, recipe, [1])
     kv_heads = teacher.family.student_config(teacher.config)["num_key_value_heads"]
-    costs = state_costs(teacher, recipe, types, torch.float32, context=100)
+    costs = state_costs(teacher, recipe, types, torch.float32, True, context=100)
     assert costs.attention == 100 * 2 * kv_heads * 8 * 4
     found = allocate(random_errors(3, 3, kv_heads), [0, 2], 8000, costs)
     own = {"window_sizes": found.window_sizes, "feature_widths": found.feature_widths}

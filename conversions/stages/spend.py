@@ -1,0 +1,127 @@
+"""The recipe's state budget becomes a configuration: errors are measured, then bytes go where they remove most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...kernels.errors import RnnzooError
+from ...zoo.core.registry import ATTENTION_TYPES
+from ...zoo.core.sizes import layer_state_bytes, state_bytes
+from ..budget import state_costs
+from ..student import build_student, continue_from, student_config
+from .allocation import Allocation, allocate
+from .state_errors import Measured, measure_states
+
+if TYPE_CHECKING:
+    from ...zoo.core.configuration import RecurrentConfig
+    from ...zoo.core.modeling import RecurrentForCausalLM
+    from ..data import PackedTokens
+    from ..job import Job, Part
+    from ..recipes import Recipe
+    from ..recipes.stages import Measuring
+    from ..teachers import TeacherRef
+
+__all__ = ["allocated_config", "spend_budget", "with_state"]
+
+
+def with_state(job: Job, stage: Measuring, student: Any, data: PackedTokens, part: Part) -> tuple[Any, dict[str, Any]]:
+    """The student with its budget divided among its layers, all that is trained as it was, and a record of it.
+
+    Layers that are not new in this part keep the width of their linear state.
+    """
+    types, fixed = student.config.layer_types, {}
+    old = [i for i, kind in enumerate(types) if kind not in ATTENTION_TYPES and i not in part.fresh]
+    if stage.feature_widths:
+        fixed = {i: feature_widths(student.config)[i] for i in old}
+    report = lambda done, total: job.progress(part.name, done, total, {})  # noqa: E731
+    config, record = spend_budget(
+        job.teacher, job.twin, job.recipe, stage, types, data, job.dtype, job.seed, fixed, old, report
+    )
+    sized = build_student(job.teacher, job.model, config, job.recipe.student, torch.float32, job.seed)
+    continue_from(sized, student)
+    return sized, record
+
+
+def spend_budget(
+    teacher: TeacherRef,
+    twin: RecurrentForCausalLM,
+    recipe: Recipe,
+    stage: Measuring,
+    types: list[str],
+    data: PackedTokens,
+    dtype: torch.dtype,
+    seed: int,
+    fixed_widths: Mapping[int, int] | None = None,
+    trained: Collection[int] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[RecurrentConfig, dict[str, Any]]:
+    """The student's configuration with what `recipe.state_budget` buys, and a record of it.
+
+    Args:
+        twin: the teacher, every layer attention. types: mixer of each layer. dtype: of the model that will be saved.
+        fixed_widths: feature widths of layers that must keep theirs. trained: layers that cannot be attention again.
+    Raises:
+        RnnzooError: the budget is too small.
+    """
+    sinks = student_config(teacher, recipe, types).num_sinks
+    measured = measure_states(
+        twin, data, sinks, seed, [*stage.feature_widths, *(fixed_widths or {}).values()], progress
+    )
+    return allocated_config(teacher, recipe, stage, types, measured, dtype, fixed_widths, trained)
+
+
+def allocated_config(
+    teacher: TeacherRef,
+    recipe: Recipe,
+    stage: Measuring,
+    types: list[str],
+    measured: Measured,
+    dtype: torch.dtype,
+    fixed_widths: Mapping[int, int] | None = None,
+    trained: Collection[int] = (),
+) -> tuple[RecurrentConfig, dict[str, Any]]:
+    """The same from errors that have been measured."""
+    chooses = bool(stage.feature_widths)
+    costs = state_costs(teacher, recipe, types, dtype, chooses, stage.budget_context)
+    converted = [i for i, kind in enumerate(types) if kind not in ATTENTION_TYPES]
+    own = teacher.family.attention_types(teacher.config)
+    may_keep = [i for i in converted if own[i] == "full_attention" and i not in trained]
+    assert recipe.state_budget is not None
+    found = allocate(measured, converted, recipe.state_budget, costs, fixed_widths if chooses else None, may_keep)
+    types = [own[i] if i in found.attention else kind for i, kind in enumerate(types)]
+    options: dict[str, Any] = {"window_sizes": found.window_sizes}
+    if chooses:
+        options["feature_widths"] = found.feature_widths
+    config = student_config(teacher, recipe, types, **options)
+    if state_bytes(config, dtype) != found.state_bytes:
+        raise RnnzooError(
+            f"The state was planned with {found.state_bytes:,} bytes, but has {state_bytes(config, dtype):,}; please "
+            "report this with the recipe and the teacher."
+        )
+    return config, _record(config, found, costs.attention, dtype)
+
+
+def _record(config: RecurrentConfig, found: Allocation, attention: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What results.json and `plan` tell of an allocation."""
+    record = {
+        "state_bytes": found.state_bytes,
+        "error": found.error,
+        "layers": [
+            {"layer": i, "windows": found.window_sizes[i], "feature_width": width, "bytes": size}
+            for i, (width, size) in enumerate(
+                zip(feature_widths(config), layer_state_bytes(config, dtype), strict=True)
+            )
+            if found.window_sizes[i]
+        ],
+    }
+    if attention is not None:
+        record |= {"attention": found.attention, "attention_bytes": found.attention_bytes}
+    return record
+
+
+def feature_widths(config: RecurrentConfig) -> list[int]:
+    """Of every layer."""
+    return config.feature_widths or [config.feature_width] * config.num_hidden_layers
