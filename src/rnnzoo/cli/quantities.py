@@ -7,16 +7,17 @@ from typing import Any
 
 import click
 
-__all__ = ["BYTES", "COUNT", "format_bytes", "format_count", "format_seconds"]
+__all__ = ["BYTES", "COUNT", "COUNT_OR_NONE", "format_bytes", "format_count", "format_seconds"]
 
 _BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 class _Quantity(click.ParamType[int]):
-    """A number with a unit: `1.5MB`, `500k`."""
+    """A number with a unit: `1.5MB`, `500k`; `least` at least."""
 
-    def __init__(self, name: str, units: dict[str, int], example: str) -> None:
+    def __init__(self, name: str, units: dict[str, int], example: str, least: int = 1) -> None:
+        self.least = least
         self.name = name
         self.units = units
         self.example = example
@@ -26,13 +27,14 @@ class _Quantity(click.ParamType[int]):
             return value
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", value)
         unit = self.units.get(match[2].lower()) if match else None
-        if match is None or unit is None or (number := round(float(match[1]) * unit)) < 1:
+        if match is None or unit is None or (number := round(float(match[1]) * unit)) < self.least:
             self.fail(f"{value!r} is no {self.name}; write it like {self.example}.", param, ctx)
         return number
 
 
 BYTES = _Quantity("size", _BYTE_UNITS, "4MB, 1.5MB or 512KiB")
 COUNT = _Quantity("number", _COUNT_UNITS, "500000, 500k or 0.5M")
+COUNT_OR_NONE = _Quantity("number", _COUNT_UNITS, "0, 500000, 500k or 0.5M", least=0)
 
 
 def format_bytes(count: float) -> str:
