@@ -33,7 +33,12 @@ def aligned_parameters(stage: Align, student: RecurrentForCausalLM) -> Callable[
     """Whether the stage trains the parameter of this name; a layer kept as attention has nothing to learn."""
     types = student.config.layer_types
     mixers = tuple(f"model.layers.{i}.mixer." for i, kind in enumerate(types) if kind not in ATTENTION_TYPES)
-    return lambda name: name.startswith(mixers) and (stage.trains == "mixers" or is_new(name))
+
+    def trained(name: str) -> bool:
+        own = stage.trains == "mixers" or (is_new(name) and not (stage.trains == "features" and "decay" in name))
+        return name.startswith(mixers) and own
+
+    return trained
 
 
 class AlignLayers(StageTrainer):
