@@ -210,7 +210,7 @@ class Align(TrainedStage):
     trains: str = "new"
 
     def trainable(self) -> str:
-        return "mixers" if self.trains == "mixers" else f"new {'features' if self.trains == 'features' else 'parameters'}"
+        return {"new": "new parameters", "features": "new features", "mixers": "mixers"}[self.trains]
 
     def choices(self) -> dict[str, tuple[str, ...]]:
         return super().choices() | {
