@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .quantities import BYTES, COUNT
+from .quantities import BYTES, COUNT, COUNT_OR_NONE
 
 __all__ = ["conversion_options", "energy_option", "trust_option"]
 
@@ -33,7 +33,10 @@ _OPTIONS = [
         help="Bytes of recurrent state in all, such as 4MB. Default: the recipe's.",
     ),
     click.option(
-        "--tokens", type=COUNT, metavar="N", help="Training tokens in all, such as 500k. Default: the recipe's."
+        "--tokens",
+        type=COUNT_OR_NONE,
+        metavar="N",
+        help="Training tokens in all, such as 500k; 0: closed forms alone. Default: the recipe's.",
     ),
     click.option(
         "--seq-len",
