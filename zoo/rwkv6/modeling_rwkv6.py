@@ -48,11 +48,6 @@ class DataDependentShift(nn.Module):
         self.down = nn.Linear(width, 5 * rank, bias=False)
         self.up = nn.Parameter(torch.zeros(5, rank, width))
 
-    @torch.no_grad()
-    def set_decay(self, log_decay: Tensor) -> None:
-        rate = -shared_decay(log_decay, self.heads)
-        self.decay.up.bias.copy_(rate.log().repeat_interleave(self.key_width))
-
     def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, ...]:
         low = torch.tanh(self.down(mix(x, before, self.mix_x, False))).unflatten(-1, (5, self.rank))
         # (B * T, rank) times (rank, D), five times over
@@ -102,6 +97,11 @@ class RWKV6Mixer(HeadedMixer):
         if self.config.rwkv6_gate == "sigmoid":
             self.gate.weight.zero_()
         self.bonus.fill_(1.0)
+
+    @torch.no_grad()
+    def set_decay(self, log_decay: Tensor) -> None:
+        rate = -shared_decay(log_decay, self.heads)
+        self.decay.up.bias.copy_(rate.log().repeat_interleave(self.key_width))
 
     def forward(self, hidden: Tensor, state: HeadedState | None, ctx: Context):
         before, last = shift(hidden, None if state is None else state.x, ctx)
