@@ -12,9 +12,9 @@ import torch
 
 from ..zoo.core.sizes import causal_lm_class
 from .memory import return_freed_memory
-from .prepare import keep_steps, stage_steps, stage_tokens
+from .prepare import stage_steps, stage_tokens
 from .processes import Processes
-from .recipes import Recipe, parse_keep
+from .recipes import Recipe, keep_steps, parse_keep
 from .recipes.stages import Calibrate, Extend, OwnData, TrainedStage
 from .results import write_results
 from .run import FINISHED, Run, write_json
@@ -184,10 +184,11 @@ class Job:
             return student
 
         student = self.processes.only(done)
-        if self.processes.main:
-            return student
-        self.run.read_again()
-        return self._saved_student()
+        if not self.processes.main:
+            self.run.read_again()
+            student = self._saved_student()
+        self.processes.wait()  # the main process may not remove it before all have read it
+        return student
 
     def _saved_student(self) -> Any:
         """The student after the last finished stage; None before the first."""

@@ -11,8 +11,8 @@ import torch
 from ..zoo.core.registry import ATTENTION_TYPES
 from ..zoo.core.sizes import parameter_count, state_bytes
 from .devices import FLOPS_PER_CORE, parse_devices
-from .prepare import keep_steps, prepare_recipe
-from .recipes import parse_keep
+from .prepare import prepare_recipe
+from .recipes import keep_steps, kept_layers
 from .student import layer_types, student_config
 from .teachers import resolve_teacher
 
@@ -58,7 +58,7 @@ def make_plan(
     own = {"student": student, "keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}
     chosen = prepare_recipe(recipe, found, **own, batch_tokens=batch_tokens)
     config = found.config
-    kept = parse_keep(chosen.keep, config.num_hidden_layers)
+    kept = kept_layers(chosen, config.num_hidden_layers)
     types = layer_types(found, chosen, kept)
     built = student_config(found, chosen, types)
     state = chosen.state_budget or state_bytes(built, torch.bfloat16)

@@ -12,7 +12,8 @@ from ..zoo.core.mixer import Mixer
 from ..zoo.core.registry import mixer_class
 from .budget import check_budget
 from .processes import rows_per_step
-from .recipes import Recipe, check_recipe, load_recipe, parse_keep
+from .recipes import Recipe, check_recipe, keep_steps, kept_layers, load_recipe, parse_keep
+from .recipes.keep import check_ranking
 from .recipes.stages import WINDOW_PARTS, Align, Calibrate, Stage, TrainedStage
 from .stages.calibrate import check_parts
 from .stages.layer_targets import check_target
@@ -23,7 +24,7 @@ from .teachers import TeacherRef
 if TYPE_CHECKING:
     from ..zoo.core.configuration import RecurrentConfig
 
-__all__ = ["check_batches", "check_stages", "keep_steps", "prepare_recipe", "stage_steps", "stage_tokens"]
+__all__ = ["check_batches", "check_stages", "prepare_recipe", "stage_steps", "stage_tokens"]
 
 
 def prepare_recipe(
@@ -63,8 +64,11 @@ def prepare_recipe(
             f"--state-budget divides windows, but the recipe {recipe.name} has none: its state has a fixed size."
         )
     check_recipe(recipe, f"The recipe {recipe.name}")
-    kept = parse_keep(recipe.keep, teacher.config.num_hidden_layers)
-    if len(kept) == teacher.config.num_hidden_layers:
+    layers = teacher.config.num_hidden_layers
+    if recipe.ranking:
+        check_ranking(recipe.ranking, layers, f"The recipe {recipe.name}")
+    kept = kept_layers(recipe, layers)
+    if len(kept) == layers:
         raise RnnzooError(f"keep {recipe.keep} keeps every layer as attention; leave at least one to convert.")
     types = layer_types(teacher, recipe, kept)
     check_stages(recipe, student_config(teacher, recipe, types))
@@ -125,28 +129,6 @@ def check_batches(recipe: Recipe, teacher: TeacherRef, count: int) -> None:
         for tokens in stage_tokens(recipe, stage, teacher.config.num_hidden_layers):
             if tokens and isinstance(stage, TrainedStage):
                 rows_per_step(recipe.batch_tokens, recipe.seq_len, max(1, tokens // recipe.seq_len), count)
-
-
-def keep_steps(recipe: Recipe, layers: int) -> list[str]:
-    """What stays attention at each step: progressively less, one layer less a step, or the end at once.
-
-    Progressively, a quarter of the layers is converted first. Step by step, the layers 0, 2, 4 ... come before the
-    others. Both orders are those of The Mamba in the Llama.
-    """
-    target = set(parse_keep(recipe.keep, layers))
-    if recipe.stepwise:
-        converted = sorted(set(range(layers)) - target, key=lambda layer: (layer % 2, layer))
-        kept = [sorted(set(range(layers)) - set(converted[: number + 1])) for number in range(len(converted) - 1)]
-        return [_written(numbers) for numbers in kept] + [recipe.keep]
-    if not recipe.progressive:
-        return [recipe.keep]
-    shares = [_written([layer for layer in range(layers) if layer % 4])] if layers >= 4 else []
-    shares += [f"1/{n}" for n in (2, 4, 8) if n <= layers]
-    return [share for share in shares if set(parse_keep(share, layers)) > target] + [recipe.keep]
-
-
-def _written(layers: list[int]) -> str:
-    return ",".join(map(str, layers))
 
 
 def stage_steps(recipe: Recipe, stage: Stage, layers: int) -> list[bool]:

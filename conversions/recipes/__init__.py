@@ -2,8 +2,10 @@
 
 name, description, source       who it is and where it comes from
 student, student_options        the mixer, and fields of its configuration
-keep                            layers that stay attention: none, a share such as 1/4, or a list of numbers
-state_budget                    bytes of recurrent state in all, divided among windows by measured error
+keep                            layers that stay attention: none, a share such as 1/4, a list of numbers, first, last or
+                                best with a number or a share, such as best 25%; see `keep.py`
+ranking                         all layers, the most important first, for best; none: measured before the first stage
+state_budget                    bytes of recurrent state in all, divided by measured error, see `stages.py`
 seq_len, tokens, batch_tokens   length of a training sequence; training tokens in all; tokens of an optimiser step
 calibration_tokens              text of the closed-form stage
 progressive                     convert 1/4, 1/2, 3/4, 7/8 ... of the layers, with a run of the stages at each step
@@ -23,9 +25,19 @@ from typing import Any
 import yaml
 
 from ...kernels.errors import RnnzooError
+from .keep import keep_steps, kept_layers, parse_keep
 from .stages import KINDS, Stage
 
-__all__ = ["Recipe", "check_recipe", "list_recipes", "load_recipe", "parse_keep"]
+__all__ = [
+    "Recipe",
+    "check_recipe",
+    "keep_steps",
+    "kept_layers",
+    "list_recipes",
+    "load_recipe",
+    "needs_ranking",
+    "parse_keep",
+]
 
 FOLDER = Path(__file__).parent
 RESERVED = ("data", "finished", "initialise", "model", "student")
@@ -42,6 +54,7 @@ class Recipe:
     source: str = ""
     student_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     keep: str = "none"
+    ranking: list[int] = dataclasses.field(default_factory=list)
     state_budget: int | None = None
     seq_len: int = 2048
     tokens: int = 131072
@@ -160,25 +173,3 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         raise RnnzooError(f"{where}: a state budget is divided by a stage of kind calibrate, and there is none.")
     if recipe.calibration_tokens < 1 or recipe.batch_tokens < 1 or recipe.tokens < 0:
         raise RnnzooError(f"{where}: batch_tokens and calibration_tokens must be positive, and tokens not negative.")
-
-
-def parse_keep(keep: str, layers: int) -> list[int]:
-    """Which of `layers` layers stay attention: "none", a share "1/n" (layers n-1, 2n-1, ...), or "0,8,16".
-
-    Raises:
-        RnnzooError: none of these, or a number out of range.
-    """
-    text = str(keep).strip().lower()
-    if text in ("none", ""):
-        return []
-    if match := re.fullmatch(r"1/(\d+)", text):
-        period = int(match.group(1))
-        if period < 1 or period > layers:
-            raise RnnzooError(f"keep {keep}: a share must lie between 1/{layers} and 1/1 for {layers} layers.")
-        return list(range(period - 1, layers, period))
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise RnnzooError(f"keep {keep!r} is neither none, a share such as 1/4, nor layer numbers such as 0,8,16.")
-    numbers = sorted({int(number) for number in text.split(",")})
-    if numbers[-1] >= layers:
-        raise RnnzooError(f"keep {keep}: there is no layer {numbers[-1]}; the teacher's layers are 0 to {layers - 1}.")
-    return numbers

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import yaml
 
-from rnnzoo.conversions.prepare import keep_steps, prepare_recipe
-from rnnzoo.conversions.recipes import Recipe, list_recipes, load_recipe, parse_keep
+from rnnzoo.conversions.prepare import prepare_recipe
+from rnnzoo.conversions.recipes import Recipe, keep_steps, kept_layers, list_recipes, load_recipe, parse_keep
+from rnnzoo.conversions.recipes.keep import check_ranking
 from rnnzoo.conversions.recipes.stages import Train
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
@@ -92,7 +93,10 @@ def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
         (stage(share=1.5), "between 0 and 1"),
         (GOOD | {"tokens": -1}, "tokens not negative"),
         (GOOD | {"batch_tokens": 0}, "must be positive"),
-        (GOOD | {"stages": [CALIBRATE]}, "a calibrate stage is for hedgehog layers; the student is supra"),
+        (
+            GOOD | {"stages": [CALIBRATE | {"parts": ["windows"]}]},
+            "the part windows is for hedgehog layers; the student is supra",
+        ),
         (GOOD | {"student": "hedgehog", "state_budget": 1000}, "a state budget is divided by a stage"),
         ("- a\n- b", "holds a list; expected a mapping"),
         ("", "holds a NoneType"),
@@ -112,8 +116,8 @@ def test_bytes_that_are_no_text_and_unknown_names_are_told(tmp_path):
     path.write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(RnnzooError, match="is not readable YAML"):
         load_recipe(str(path))
-    with pytest.raises(RnnzooError, match="no recipe 'lolcats'; known are mamba-in-llama, rnnzoo, supra"):
-        load_recipe("lolcats")
+    with pytest.raises(RnnzooError, match="no recipe 'rnnmuseum'; known are .*mamba-in-llama, .*rnnzoo, .*supra"):
+        load_recipe("rnnmuseum")
 
 
 @pytest.mark.parametrize(
@@ -129,10 +133,21 @@ def test_bytes_that_are_no_text_and_unknown_names_are_told(tmp_path):
         ("7", [7]),
         ("0", [0]),
         ("0,3", [0, 3]),
+        ("0, 3", [0, 3]),
+        ("uniform 1/4", [3, 7]),
+        ("first 3", [0, 1, 2]),
+        ("last 25%", [6, 7]),
+        ("Last  1/8", [7]),
+        ("first 0", []),
+        ("best 2", [1, 6]),
+        ("best 50%", [1, 2, 6, 7]),
+        ("best 1%", [6]),
+        ("best 1/4", [1, 6]),
+        ("best 8", [0, 1, 2, 3, 4, 5, 6, 7]),
     ],
 )
 def test_keep(keep, layers):
-    assert parse_keep(keep, 8) == layers
+    assert parse_keep(keep, 8, [6, 1, 7, 2, 0, 5, 3, 4]) == layers
 
 
 @pytest.mark.parametrize(
@@ -146,6 +161,14 @@ def test_keep(keep, layers):
         ("half", "neither none"),
         ("-1", "neither none"),
         ("1,,2", "neither none"),
+        ("first", "neither none"),
+        ("first -1", "neither none"),
+        ("uniform 4", "neither none"),
+        ("best half", "neither none"),
+        ("best 1/0", "neither none"),
+        ("last 9", "the teacher has 8 layers"),
+        ("best 150%", "the teacher has 8 layers"),
+        ("best 2", "takes layers from a ranking, and there is none; .*--select"),
     ],
 )
 def test_wrong_keep(keep, message):
@@ -199,3 +222,22 @@ def test_the_users_values_replace_the_recipes(teacher):
     recipe = prepare_recipe("rnnzoo", teacher, keep="1/2", state_budget=20_000, tokens=4096, seq_len=128)
     assert (recipe.keep, recipe.state_budget, recipe.tokens, recipe.seq_len) == ("1/2", 20_000, 4096, 128)
     assert prepare_recipe("supra", teacher).seq_len == 512  # no longer than the teacher's positions
+
+
+def test_the_least_important_layers_are_converted_first():
+    ranking = [6, 1, 7, 2, 0, 5, 3, 4]
+    recipe = dataclasses.replace(load_recipe("mamba-in-llama"), keep="best 1", ranking=ranking)
+    assert recipe.progressive and keep_steps(recipe, 8) == ["0,1,2,5,6,7", "1,2,6,7", "1,6", "6"]
+    stepwise = dataclasses.replace(recipe, progressive=False, stepwise=True, keep="best 5")
+    assert keep_steps(stepwise, 8) == ["0,1,2,3,5,6,7", "0,1,2,5,6,7", "0,1,2,6,7"]
+    assert keep_steps(dataclasses.replace(recipe, keep="best 0"), 8)[-1] == "none"
+
+
+def test_before_there_is_a_ranking_best_stands_for_as_many_layers():
+    recipe = dataclasses.replace(load_recipe("rnnzoo"), keep="best 25%")
+    assert kept_layers(recipe, 8) == [0, 1] and keep_steps(recipe, 8) == ["0,1"]
+
+
+def test_a_ranking_of_other_layers_is_refused():
+    with pytest.raises(RnnzooError, match="ranks the layers 0, 2, 2; expected each of 0 to 2 once"):
+        check_ranking([0, 2, 2], 3, "The recipe x")
