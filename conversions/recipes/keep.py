@@ -1,4 +1,4 @@
-"""Which layers stay attention: from the words of a recipe's `keep` to numbers of layers, at the end and at each step."""
+"""Which layers stay attention: from the words of `keep` to numbers of layers, at the end and at each step."""
 
 from __future__ import annotations
 
