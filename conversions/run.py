@@ -40,7 +40,7 @@ class Run:
         return next((stage for stage in self.stages if stage["name"] == name), None)
 
     def finish(self, name: str, student: Any, report: dict[str, Any]) -> None:
-        """Keeps the student and the report of a stage, then forgets the stage's checkpoints."""
+        """Keeps the student and the report of a stage, then forgets its checkpoints and the teacher's predictions."""
         if student is not None:
             number = len(self.stages)
             folder = self.folder / f"student-{number}"
@@ -51,8 +51,8 @@ class Run:
         for old in self.folder.glob("student-*"):
             if name == FINISHED or (student is not None and old.name != report["student"]):
                 shutil.rmtree(old, ignore_errors=True)
-        for checkpoint in (self.folder / name).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        for used in [*(self.folder / name).glob("checkpoint-*"), self.folder / name / "teacher"]:
+            shutil.rmtree(used, ignore_errors=True)
 
     def student_folder(self) -> Path | None:
         """The student after the last stage that changed it."""

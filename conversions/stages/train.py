@@ -1,4 +1,6 @@
-"""End to end: kl * KL(teacher || student) + ce * cross-entropy + z_loss * logsumexp^2, each a mean over tokens."""
+"""End to end: kl * KL(teacher || student) + reverse_kl * KL(student || teacher) + ce * (cross-entropy + z_loss *
+logsumexp^2), each a mean over tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,60 +9,54 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.losses import linear_cross_entropy, linear_kl
+from .cached_teacher import cached_rows, repeated
+from .lora import trainable
+from .other_teacher import twin_of
+from .predictions import Likeliest, Whole, distillation_loss
 from .training import StageTrainer
 
 if TYPE_CHECKING:
     from ..job import Job, Part
-    from ..recipes.stages import Train
+    from ..recipes.stages import Distilled, Train
 
-__all__ = ["TrainEndToEnd", "next_tokens", "run"]
+__all__ = ["TrainEndToEnd", "final_hidden", "next_tokens", "run"]
 
 
 def run(job: Job, stage: Train, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
-    """Trains the mixers, or everything."""
-    return student, job.train(
-        TrainEndToEnd, student, stage, part, lambda name: stage.trains == "all" or ".mixer." in name
-    )
+    """Trains the mixers, adapters on them, or everything; on rows with the teacher's predictions, if these are kept."""
+    rows = job.packed("training", job.recipe.tokens).rows(part.rows.start, -(-len(part.rows) // stage.epochs))
+    about, twin = {}, None
+    if stage.cache_top_k:
+        rows, about = cached_rows(job, stage, part, rows)
+    elif stage.asks_teacher():
+        twin = twin_of(job, stage)
+    rows = repeated(rows, len(part.rows), job.seed)
+    with trainable(student, stage, job.seed) as trains:
+        report = job.train(TrainEndToEnd, student, stage, part, trains, data=rows, twin=twin)
+    return student, report | about
 
 
 class TrainEndToEnd(StageTrainer):
-    """KL to the teacher and cross-entropy on the final hidden states; logits never in full."""
+    """Divergence from the teacher and cross-entropy on the final hidden states; logits never in full."""
 
-    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None) -> Tensor:
-        stage = self.stage
-        hidden = self._final_hidden(model, ids, seq_ids)
-        head = self.accelerator.unwrap_model(model).lm_head
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        reference = None
-        if stage.kl or (stage.ce and stage.labels == "teacher"):
+    stage: Distilled
+
+    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None, *kept: Tensor) -> Tensor:
+        """Mean over the tokens; `kept` are the fields of `Likeliest`, a row each, (B, T, ...)."""
+        hidden = final_hidden(model, ids, seq_ids).flatten(0, 1)
+        teacher = None
+        if kept:
+            teacher = Likeliest(*(x.flatten(0, 1) for x in kept))
+        elif self.stage.asks_teacher():
             with torch.no_grad():
-                reference = self.twin.model(input_ids=ids, seq_ids=seq_ids, use_cache=False).last_hidden_state
-                reference = reference.flatten(0, 1)
-        if stage.kl:
-            loss = loss + stage.kl * linear_kl(
-                hidden.flatten(0, 1), head.weight, reference, self.twin.lm_head.weight, student_bias=head.bias
-            )
-        if stage.ce:
-            if stage.labels == "teacher":
-                labels = most_likely(reference, self.twin.lm_head.weight).view_as(ids)
-            else:
-                labels = next_tokens(ids, seq_ids)
-            loss = loss + stage.ce * linear_cross_entropy(
-                hidden.flatten(0, 1), head.weight, labels.flatten(), bias=head.bias, z_loss=stage.z_loss
-            )
-        return loss
+                told = self.twin.model(input_ids=ids, seq_ids=seq_ids, use_cache=False).last_hidden_state
+            teacher = Whole(told.flatten(0, 1), self.twin.lm_head.weight[: model.config.vocab_size])
+        return distillation_loss(self.stage, hidden, model.lm_head, teacher, next_tokens(ids, seq_ids).flatten())
 
-    def _final_hidden(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None) -> Tensor:
-        """(B, T, D), through the wrapped model's own forward, as autocast and FSDP need it."""
-        found: list[Tensor] = []
-        norm = self.accelerator.unwrap_model(model).model.norm
-        hook = norm.register_forward_hook(lambda _, args, output: found.append(output))
-        try:
-            model(input_ids=ids, seq_ids=seq_ids, use_cache=False, logits_to_keep=1)
-        finally:
-            hook.remove()
-        return found[0]
+
+def final_hidden(model: Any, ids: Tensor, seq_ids: Tensor | None, **options: Any) -> Tensor:
+    """(B, T, D), of the student itself; options of its forward pass."""
+    return model.model(input_ids=ids, seq_ids=seq_ids, **({"use_cache": False} | options)).last_hidden_state
 
 
 def next_tokens(ids: Tensor, seq_ids: Tensor | None) -> Tensor:
@@ -70,9 +66,3 @@ def next_tokens(ids: Tensor, seq_ids: Tensor | None) -> Tensor:
     if seq_ids is not None:
         labels[:, :-1].masked_fill_(seq_ids[:, 1:] != seq_ids[:, :-1], -100)
     return labels
-
-
-@torch.no_grad()
-def most_likely(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(N,) argmax of the logits of hidden (N, D), chunk by chunk."""
-    return torch.cat([(rows @ weight.T).argmax(-1) for rows in hidden.split(256)])
