@@ -112,16 +112,17 @@ def convert(
                 if run.record(FINISHED) is None:
                     with measured_energy(energy if main else None, run.folder):
                         job.stages()
-                if not main:
-                    return {}
-                results = job.results()
-                if evaluate:
-                    results = job.evaluate()
-                from ..cards import render_card
-
-                render_card(run.out)
+                return processes.only(lambda: _results(job)) or {}
         except RnnzooError:
             if main and not run.stages:
                 run.discard()
             raise
+
+
+def _results(job: Job) -> dict[str, Any]:
+    """results.json, with measurements where they are asked for, and the card."""
+    results = job.evaluate() if job.ladder else job.results()
+    from ..cards import render_card
+
+    render_card(job.run.out)
     return results

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 
 from ..kernels.errors import RnnzooError
 
@@ -46,6 +47,18 @@ class Processes:
     def only(self, work: Callable[[], T]) -> T | None:
         """`work` in the main process, while the others wait; to them it gives None."""
         return self._told(work) if self.main else self._hear()
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def end(self) -> None:
+        """Waits for all, and takes their connections down: a process that just leaves may abort the others."""
+        self.wait()
+        if self.count > 1:
+            torch.distributed.destroy_process_group()
+            AcceleratorState._reset_state(reset_partial_state=True)
 
     def _told(self, work: Callable[[], T]) -> T:
         try:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -30,6 +29,7 @@ from .byte_tokenizer import byte_tokenizer
 from .data import Corpus, PackedTokens, TextHashes, corpus_from_texts, open_corpus, pack
 from .energy import check_energy, energy_record, measured_energy
 from .memory import keep_freed_memory
+from .processes import Processes
 from .run import FINISHED, Run, alone_in, open_run, write_json
 from .stages.training import CHECKPOINTS, Report, cut_metrics, newest_checkpoint, read_metrics
 from .teachers.files import hub_reachable, user_errors
@@ -132,27 +132,33 @@ def train(
         "tokenizer": tokenizer,
         "settings": dataclasses.asdict(settings),
     }
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    main = processes.is_main_process
+    processes = Processes()
+    main = processes.main
     with contextlib.ExitStack() as stack:
-        with processes.main_process_first():
+
+        def prepared() -> tuple[Run, _Job]:
             if main:
                 stack.enter_context(alone_in(out))
             run = open_run(out, request, restart and main)
             if main and run.created:
                 stack.enter_context(alone_in(out))
-            job = _Job(run, made, words, corpus, held_out, settings, main, (main and progress) or (lambda *_: None))
+            job = _Job(
+                run, made, words, corpus, held_out, settings, processes, (main and progress) or (lambda *_: None)
+            )
             try:
                 with user_errors(f"The training in {out} stopped, and the same command will go on with it"):
                     job.prepare()
             except RnnzooError:
                 run.discard()
                 raise
+            return run, job
+
+        run, job = processes.first(prepared)
         with user_errors(f"The training in {out} stopped, and the same command will go on with it"):
             if run.record(FINISHED) is None:
                 with measured_energy(energy if main else None, run.folder):
                     job.run_trainer()
-            return job.results(evaluate) if main else {}
+            return processes.only(lambda: job.results(evaluate)) or {}
 
 
 def _tokenizer(name: str | None) -> Any:
@@ -209,11 +215,11 @@ class _Job:
         corpus: Corpus,
         held_out: Corpus | None,
         settings: TrainSettings,
-        main: bool,
+        processes: Processes,
         progress: Progress,
     ):
         self.run, self.config, self.tokenizer, self.settings = run, config, tokenizer, settings
-        self.main, self.progress = main, progress
+        self.processes, self.main, self.progress = processes, processes.main, progress
         self.corpus = dataclasses.replace(corpus, evaluation=100 * settings.eval_fraction, calibration=0)
         self.held_out = held_out
         self.dtype = getattr(torch, settings.dtype)
@@ -256,7 +262,7 @@ class _Job:
 
     def _step_tokens(self) -> int:
         own = self.settings
-        return own.context * own.batch_size * own.accumulate * PartialState().num_processes
+        return own.context * own.batch_size * own.accumulate * self.processes.count
 
     def _packed(
         self, folder: Path, name: str, corpus: Corpus, split: Any, tokens: int | None, context: int
@@ -298,7 +304,7 @@ class _Job:
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": 0.1},
             warmup_steps=math.ceil(own.warmup * steps) if steps > 1 else 0,  # the first step of a warmup has rate 0
-            dataloader_drop_last=len(self.rows) >= own.batch_size * PartialState().num_processes,
+            dataloader_drop_last=len(self.rows) >= own.batch_size * self.processes.count,
             bf16=own.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
             logging_steps=1,
@@ -325,10 +331,9 @@ class _Job:
         set_seed(self.settings.seed)
         model = cls(self.config)
         model.config.use_cache = False
-        with arguments.main_process_first():
-            checkpoint = newest_checkpoint(folder)
-            if self.main:
-                cut_metrics(folder, checkpoint)
+        checkpoint = self.processes.first(lambda: newest_checkpoint(folder))
+        if self.main:
+            cut_metrics(folder, checkpoint)
         report = Report(folder, self._step_tokens(), lambda done, total, info: self.progress(STAGE, done, total, info))
         trainer = RowsTrainer(
             model=model,

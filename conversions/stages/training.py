@@ -222,6 +222,7 @@ def train_stage(
     per_step = rows_per_step(batch_tokens, data.seq_len, len(data), processes.count)
     steps = max(1, len(data) // per_step)
     arguments = TrainingArguments(**stage_arguments(stage, folder, steps, per_step, bf16, seed))
+    arguments.ddp_find_unused_parameters = leaves_unused(student)
     trainer = trainer_class(model=student, args=arguments, train_dataset=data, stage=stage, twin=twin)
     with trainer.loss_as_forward():
         report = run_trainer(trainer, folder, per_step * data.seq_len, progress)
@@ -251,7 +252,6 @@ def stage_arguments(
         data_seed=seed,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        ddp_find_unused_parameters=True,  # of some mixers, the first layer leaves some unused
         report_to=[],
         disable_tqdm=True,
     )
@@ -283,6 +283,12 @@ def run_trainer(
         "loss_first": lines[0]["loss"],
         "loss_last": sum(line["loss"] for line in lines[-4:]) / len(lines[-4:]),
     }
+
+
+def leaves_unused(student: nn.Module) -> bool:
+    """Whether a pass over text may leave parameters unused: those of columns that plain text lacks, and empty ones."""
+    takes_columns = any(getattr(module, "columns", ()) for module in student.modules())
+    return takes_columns or any(not parameter.numel() for parameter in student.parameters())
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -48,10 +48,12 @@ def command(out: str, data: tuple[str, ...], output: Output, **options: Any) -> 
     """
     with output.only_result_on_stdout(), ProgressReport(quiet=output.quiet) as progress:
         from ..conversions.convert import convert
+        from ..conversions.processes import Processes
 
         results = convert(
             options.pop("teacher"), options.pop("recipe"), out, data=list(data) or None, progress=progress, **options
         )
+        Processes().end()
     from .results import show_results
 
     if results:  # of several processes only the main one has them

@@ -50,6 +50,7 @@ def command(output: Output, data: tuple[str, ...], eval_data: tuple[str, ...], o
     `torchrun --nproc-per-node N -m rnnzoo train ...`.
     """
     with output.only_result_on_stdout(), ProgressReport(quiet=output.quiet) as progress:
+        from ..conversions.processes import Processes
         from ..conversions.train import TrainSettings, train
         from ..conversions.train_config import parse_settings
 
@@ -68,6 +69,7 @@ def command(output: Output, data: tuple[str, ...], eval_data: tuple[str, ...], o
             settings=TrainSettings(**options),
             progress=progress,
         )
+        Processes().end()
     from .results import show_results
 
     if results:  # under torchrun only the first process has them
