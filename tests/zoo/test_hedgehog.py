@@ -283,3 +283,20 @@ def test_layers_of_different_feature_widths_decode_as_they_read(feature_map, bit
 def test_feature_widths_that_cannot_be_are_refused(changes, message):
     with pytest.raises(Exception, match=message):
         config_of(**changes)
+
+
+def test_it_starts_as_lolcats_does():
+    """Identity maps, s(w) = 0.1 in every head, no decay; and the teacher's attention."""
+    config = HedgehogConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=1, window_factor=0.1, initial_log_decay=0.0, num_sinks=0
+    )
+    mixer = HedgehogForCausalLM(config).model.layers[0].mixer
+    width = config.head_dim
+    for feature_map in (mixer.query_map, mixer.key_map):
+        assert torch.equal(feature_map, torch.eye(width).expand_as(feature_map))
+    torch.testing.assert_close(mixer.log_factor.exp(), torch.full((config.num_attention_heads,), 0.1))
+    assert not mixer.log_decay.any()
+    with pytest.raises(ValueError, match="window_factor must be positive, got 0"):
+        HedgehogConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, window_factor=0.0)
+    with pytest.raises(ValueError, match="initial_log_decay must be 0 or less, got 1"):
+        HedgehogConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, initial_log_decay=1.0)

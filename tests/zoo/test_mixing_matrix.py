@@ -51,6 +51,7 @@ LAYERS = {
     "supra": supra,
     "mamba2": mamba2,
     "phi_mamba": phi_mamba,
+    "hedgehog": attention,
 }
 
 

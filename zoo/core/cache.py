@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +47,11 @@ class _Call:
 
         hidden = [h[:, :columns] for h in self.hidden]
         return _Call(cut(self.mask), cut(self.ids), self.named, (self.shape[0], columns), cut(self.prefix), hidden)
+
+    def select(self, rows: Callable[[Tensor], Tensor]) -> _Call:
+        mask, ids, prefix = (None if x is None else rows(x) for x in (self.mask, self.ids, self.prefix))
+        hidden = [rows(h) for h in self.hidden]
+        return _Call(mask, ids, self.named, (hidden[0].shape[0], self.shape[1]), prefix, hidden)
 
 
 @dataclasses.dataclass
@@ -245,7 +251,4 @@ class RecurrentCache(Cache):
         self.progress = progress(self.progress)
         if self._checkpoint is not None:
             self._checkpoint.progress = progress(self._checkpoint.progress)
-        for i, call in enumerate(self._calls):
-            mask, ids, prefix = (None if x is None else rows(x) for x in (call.mask, call.ids, call.prefix))
-            hidden = [rows(h) for h in call.hidden]
-            self._calls[i] = _Call(mask, ids, call.named, (hidden[0].shape[0], call.shape[1]), prefix, hidden)
+        self._calls = [call.select(rows) for call in self._calls]

@@ -23,6 +23,9 @@ class HedgehogConfig(RecurrentConfig):
             "prototype": phi(k) = exp(k C), phi(q) = softmax(qU + b) * exp(a) of the heads before rotation.
         feature_width: width of phi, 0 for no linear state; None: 2 * head_dim.
         feature_widths: per layer, the width of phi; overrides `feature_width`. Layers of other types: any number.
+        window_factor: of the window's weights against the linear state's, at the start, with "softmax" features
+            (LoLCATs: 0.1).
+        initial_log_decay: of the linear state, per token, at the start (LoLCATs: 0).
         ring_bits: bits, 4 or 8, of the keys and of the values in window and sinks, in blocks that share a power of
             two (see `kernels/microscaling.py`); None: they keep the type of the activations.
     """
@@ -37,6 +40,8 @@ class HedgehogConfig(RecurrentConfig):
     feature_map: str = "softmax"
     feature_width: int | None = None
     feature_widths: list[int] | None = None
+    window_factor: float = 1.0
+    initial_log_decay: float = -1e-3
     ring_bits: list[int] | None = None
 
     @staticmethod
@@ -52,6 +57,10 @@ class HedgehogConfig(RecurrentConfig):
             raise ValueError(f"A feature width must be 0 or more, got {min(widths)}.")
         if config.feature_map == "softmax" and (odd := [width for width in widths if width % 2]):
             raise ValueError(f"feature_width must be even for softmax features, got {odd[0]}.")
+        if config.window_factor <= 0:
+            raise ValueError(f"window_factor must be positive, got {config.window_factor}.")
+        if config.initial_log_decay > 0:
+            raise ValueError(f"initial_log_decay must be 0 or less, got {config.initial_log_decay}.")
         if config.ring_bits is not None and (
             len(config.ring_bits) != 2 or not set(config.ring_bits) <= {4, 8} or config.head_dim % 2
         ):

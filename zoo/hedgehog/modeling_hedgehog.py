@@ -23,8 +23,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-from transformers import initialization as init
+from torch import Tensor
 
 from ...kernels.gated_linear_attention import (
     Window,
@@ -36,20 +35,19 @@ from ...kernels.gated_linear_attention import (
 from ...kernels.microscaling import quantise
 from ...kernels.window_step import window_step
 from ..core.attention import AttentionProjections
-from ..core.mixer import AttentionWeights, Context, Mixer
+from ..core.mixer import AttentionWeights, Context
 from ..core.modeling import model_classes
+from ..core.recurrences import one_hot_values
 from ..core.registry import register_mixer
 from .configuration_hedgehog import HedgehogConfig
+from .features_hedgehog import FeatureMaps
 from .state_hedgehog import HedgehogState, PackedHedgehogState
 
 __all__ = ["HedgehogForCausalLM", "HedgehogForSequenceClassification", "HedgehogMixer", "HedgehogModel"]
 
-# exp of it is the largest feature: keeps a sum over a million tokens inside float32.
-LARGEST_LOGIT = 20.0
-
 
 @register_mixer("hedgehog")
-class HedgehogMixer(Mixer):
+class HedgehogMixer(FeatureMaps):
     """The equations at the head of this file, between the teacher's projections."""
 
     kernel = "gated_linear_attention"
@@ -58,38 +56,10 @@ class HedgehogMixer(Mixer):
 
     def __init__(self, config: HedgehogConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.proj = AttentionProjections(config)
-        heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.proj, kv_heads = AttentionProjections(config), config.num_key_value_heads
         sizes = config.window_sizes[layer_idx] if config.window_sizes else [config.window_size] * kv_heads
         self.lengths, self.sinks = tuple(sizes), config.num_sinks
-        self.linear_off = False  # see `only`
-        self.features = config.feature_widths[layer_idx] if config.feature_widths else config.feature_width
-        self.prototypes = config.feature_map == "prototype"
         self.bits = config.ring_bits
-        columns = self.features if self.prototypes else self.features // 2
-        self.query_map = nn.Parameter(torch.empty(heads, width, columns))
-        self.key_map = nn.Parameter(torch.empty(kv_heads, width, columns))
-        self.log_decay = nn.Parameter(torch.empty(kv_heads))
-        if self.prototypes:
-            self.query_bias = nn.Parameter(torch.empty(heads, columns))
-            self.log_scale = nn.Parameter(torch.empty(heads))
-        else:
-            self.log_factor = nn.Parameter(torch.empty(heads))
-
-    def init_weights(self) -> None:
-        if self.prototypes:
-            # Small prototypes: the linear part starts as an average of what left the window.
-            init.normal_(self.query_map, std=self.config.head_dim**-0.5)
-            init.normal_(self.key_map, std=self.config.head_dim**-1.0)
-            init.zeros_(self.query_bias)
-            init.zeros_(self.log_scale)
-        else:
-            columns = self.query_map.shape[-1]
-            identity = torch.eye(self.config.head_dim, columns)
-            init.copy_(self.query_map, identity.expand_as(self.query_map))
-            init.copy_(self.key_map, identity.expand_as(self.key_map))
-            init.zeros_(self.log_factor)
-        init.constant_(self.log_decay, -1e-3)
 
     def init_from_attention(self, weights: AttentionWeights) -> None:
         self.proj.load(weights)
@@ -118,30 +88,6 @@ class HedgehogMixer(Mixer):
             batch, heads, self.lengths, sinks, self.features, width, self.bits, device, dtype
         )
 
-    def _query_features(self, q: Tensor) -> Tensor:
-        """(B, T, H, d) -> (B, T, H, F)."""
-        logits = _accurate(torch.einsum("bthd,hdf->bthf", q, self.query_map.to(q.dtype)))
-        if self.prototypes:
-            features = (logits + self.query_bias).softmax(-1) * self.log_scale.exp()[:, None]
-        else:
-            features = torch.cat([logits.softmax(-1), (-logits).softmax(-1)], -1)
-        return features * 0 if self.linear_off else features
-
-    def _key_features(self, k: Tensor) -> Tensor:
-        """(B, T, Hk, d) -> (B, T, Hk, F)."""
-        return torch.stack([self._key_features_of(head, k[:, :, head]) for head in range(k.shape[2])], 2)
-
-    def _key_features_of(self, head: int, k: Tensor) -> Tensor:
-        """Keys (B, n, d) of one kv head -> (B, n, F)."""
-        return self._features_of(k @ self.key_map[head].to(k.dtype))
-
-    def _features_of(self, logits: Tensor) -> Tensor:
-        """Of keys times the key map."""
-        logits = _accurate(logits)
-        if not self.prototypes:
-            return torch.cat([logits.softmax(-1), (-logits).softmax(-1)], -1)
-        return logits.clamp(max=LARGEST_LOGIT).exp()
-
     def _ring_features(self, state: WindowState, ctx: Context) -> Tensor:
         """Features (B, R, F) of the keys in the rings."""
         keys = state.ring_k[:, :, None]
@@ -162,68 +108,74 @@ class HedgehogMixer(Mixer):
             keys = ctx.rotary.unrotate(keys[:, :, None], positions)[:, :, 0]
         return self._features_of(torch.einsum("bhd,hdf->bhf", keys, self.key_map.to(keys.dtype)))
 
-    def forward(self, hidden: Tensor, state: HedgehogState | PackedHedgehogState | None, ctx: Context):
+    def mixing_matrix(self, hidden: Tensor, ctx: Context) -> Tensor:
         q, k, v = self.proj.split(hidden)
-        turned_q, turned_k = ctx.rotary.rotate(q, ctx.positions), ctx.rotary.rotate(k, ctx.positions).to(v.dtype)
-        far = ctx.positions.max() >= self.config.sink_distance
-        near = ctx.positions.clamp(max=self.config.sink_distance)
-        sink_q = ctx.rotary.rotate(q, near) if bool(far) else None
-        factor = None if self.prototypes else self.log_factor.exp()
-        anchor = "absolute" if self.prototypes else "max"
-        log_decay = self.log_decay.clamp(max=0)
-        alone = q.shape[1] == 1 and ctx.mask is None and ctx.seq_ids is None
-        if state is not None and alone and not torch.is_grad_enabled():
-            after = state if ctx.in_place else state.map(Tensor.clone)
-            memory = after.window if isinstance(after, HedgehogState) else after
-            o = window_step(
-                self._query_features(q if self.prototypes else turned_q)[:, 0],
-                turned_q[:, 0],
-                turned_k[:, 0],
-                v[:, 0],
-                memory,
-                lengths=self.lengths,
-                sinks=self.sinks,
-                far=None if sink_q is None else sink_q[:, 0],
-                leaving=self._leaving_features(memory, ctx, v.dtype),
-                g=log_decay,
-                factor=factor,
-                anchor=anchor,
-            )
-            return self.proj.o_proj(o.flatten(1).to(q.dtype)[:, None]), after
-        if self.bits is not None:
-            turned_k, v = quantise(turned_k, self.bits[0]), quantise(v, self.bits[1])
-            k = ctx.rotary.unrotate(turned_k, ctx.positions) if self.prototypes else k
-        base_q, base_k = (q, k) if self.prototypes else (turned_q, turned_k)
-        before = None if state is None else state.unpack(v.dtype)
-        window = Window(
-            q=turned_q,
-            k=turned_k,
+        return self._whole(q, k, one_hot_values(v, v.shape[2]), None, ctx)[0].transpose(1, 2)
+
+    def _window(self, q: Tensor, k: Tensor, dtype: torch.dtype, ctx: Context) -> Window:
+        """The exact part, of heads before rotation."""
+        far = bool(ctx.positions.max() >= self.config.sink_distance)
+        return Window(
+            q=ctx.rotary.rotate(q, ctx.positions),
+            k=ctx.rotary.rotate(k, ctx.positions).to(dtype),
             lengths=self.lengths,
             sinks=self.sinks,
-            q_sink=sink_q,
-            factor=factor,
-            anchor=anchor,
-            ring_features=None if before is None else self._ring_features(before, ctx),
+            q_sink=ctx.rotary.rotate(q, ctx.positions.clamp(max=self.config.sink_distance)) if far else None,
+            factor=None if self.prototypes else self.log_factor.exp(),
+            anchor="absolute" if self.prototypes else "max",
         )
-        o, after = gated_linear_attention(
-            self._query_features(base_q),
-            self._key_features(base_k),
+
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, before: WindowState | None, ctx: Context):
+        """Outputs (B, T, H, dv) of heads before rotation, and the state after them."""
+        window = self._window(q, k, v.dtype, ctx)
+        if self.bits is not None:
+            window.k = quantise(window.k, self.bits[0])
+            k = ctx.rotary.unrotate(window.k, ctx.positions) if self.prototypes else k
+        if before is not None:
+            window.ring_features = self._ring_features(before, ctx)
+        return gated_linear_attention(
+            self._query_features(q if self.prototypes else window.q),
+            self._key_features(k if self.prototypes else window.k),
             v,
-            log_decay,
+            self.log_decay.clamp(max=0),
             window=window,
             initial_state=before,
             seq_ids=ctx.seq_ids,
             mask=ctx.mask,
         )
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, memory: WindowState | PackedHedgehogState, ctx: Context) -> Tensor:
+        """Outputs (B, H, dv) of one token; `memory` is changed in place."""
+        window = self._window(q, k, v.dtype, ctx)
+        return window_step(
+            self._query_features(q if self.prototypes else window.q)[:, 0],
+            window.q[:, 0],
+            window.k[:, 0],
+            v[:, 0],
+            memory,
+            lengths=self.lengths,
+            sinks=self.sinks,
+            far=None if window.q_sink is None else window.q_sink[:, 0],
+            leaving=self._leaving_features(memory, ctx, v.dtype),
+            g=self.log_decay.clamp(max=0),
+            factor=window.factor,
+            anchor=window.anchor,
+        )
+
+    def forward(self, hidden: Tensor, state: HedgehogState | PackedHedgehogState | None, ctx: Context):
+        q, k, v = self.proj.split(hidden)
+        alone = q.shape[1] == 1 and ctx.mask is None and ctx.seq_ids is None
+        if state is not None and alone and not torch.is_grad_enabled():
+            after = state if ctx.in_place else state.map(Tensor.clone)
+            o = self._step(q, k, v, after.window if isinstance(after, HedgehogState) else after, ctx)
+            return self.proj.o_proj(o.flatten(1).to(q.dtype)[:, None]), after
+        if self.bits is not None:
+            v = quantise(v, self.bits[1])
+        o, after = self._whole(q, k, v, None if state is None else state.unpack(v.dtype), ctx)
         o = self.proj.o_proj(o.flatten(-2).to(q.dtype))
         if state is None:
             return o, None
         return o, HedgehogState(after) if self.bits is None else PackedHedgehogState.of(after, *self.bits)
-
-
-def _accurate(x: Tensor) -> Tensor:
-    """At least float32: exponentials of it are features."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 HedgehogModel, HedgehogForCausalLM, HedgehogForSequenceClassification = model_classes(HedgehogConfig)

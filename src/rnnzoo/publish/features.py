@@ -139,7 +139,9 @@ def known_features(config: RecurrentConfig) -> Features:
         features = features.without(PLAIN_ROTARY)
     features = features.without({"zoo.core.modeling": _block(config), "zoo.core.layers": _norm(config)})
     if "hedgehog" in _kinds(config):
-        return features.without({"zoo.hedgehog.modeling_hedgehog": _hedgehog(config)} | MANY)
+        hedgehog = _hedgehog(config)
+        own = {f"zoo.hedgehog.{file}_hedgehog": hedgehog for file in ("modeling", "features")}
+        return features.without(own | MANY)
     return features.without(WINDOW)
 
 
@@ -195,7 +197,7 @@ def _hedgehog(config: RecurrentConfig) -> Facts:
     facts = Facts(
         values={"alone": False, "self.prototypes": prototypes},
         targets=frozenset({"alone", "self.prototypes"}),
-        members=frozenset({"HedgehogMixer._leaving_features"}),
+        members=frozenset({"HedgehogMixer._leaving_features", "HedgehogMixer._step"}),
     )
     if config.ring_bits is None:
         facts |= Facts(values={"self.bits": None}, targets=frozenset({"self.bits"}))

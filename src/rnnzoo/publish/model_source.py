@@ -12,7 +12,8 @@ from .source_edits import Edit, Offsets, apply, docstring_of, lines_of, replacin
 __all__ = ["first_paragraph", "for_running", "with_short_docstrings"]
 
 # Methods that start a model from a teacher or run single layers, and what `rnnzoo list` shows of an architecture.
-METHODS = {"init_from_attention", "only", "student_fields", "AttentionProjections.load", "RecurrentModel.make_context"}
+METHODS = {"init_from_attention", "mixing_matrix", "only", "set_decay", "student_fields"}
+METHODS |= {"AttentionProjections.load", "RecurrentModel.make_context"}
 ATTRIBUTES = {"sizes", "kernel", "complexity", "branches"}
 
 
