@@ -11,6 +11,7 @@ from torch import nn
 
 from ...kernels.errors import RnnzooError
 from ...zoo.core.registry import ATTENTION_TYPES
+from .training import part_of
 
 if TYPE_CHECKING:
     from ..recipes.stages import EndToEnd
@@ -29,7 +30,9 @@ def trainable(student: Any, stage: EndToEnd, seed: int) -> Iterator[Callable[[st
         RnnzooError: as `check_lora`.
     """
     if stage.trains != "lora":
-        yield lambda name: stage.trains == "all" or ".mixer." in name
+        kept = ("rest", "attention") if stage.trains == "converted" else ("rest",)
+        types = student.config.layer_types
+        yield lambda name: stage.trains == "all" or part_of(name, types) not in kept
         return
     check_lora(stage, student)
     from peft import LoraConfig, LoraModel
@@ -41,7 +44,6 @@ def trainable(student: Any, stage: EndToEnd, seed: int) -> Iterator[Callable[[st
     adapters = LoraModel(student, config, "default")
     yield lambda name: ".lora_" in name
     adapters.merge_and_unload()
-    del student.peft_config
 
 
 def lora_targets(student: Any, stage: EndToEnd) -> list[str]:
