@@ -33,6 +33,7 @@ TINY |= {
     "kda": {"kda_num_heads": 4, "kda_k_heads": 2, "kda_v_heads": 2, "kda_value_dim": 5, "kda_gate_bias": True},
     "mamba": {"mamba_state_size": 3, "ssm_conv_kernel": 3, "intermediate_size": 0},
 }
+TINY["tova"] = {"tova_states": 4}
 TINY["s4d"] = {"s4_state_size": 6, "s4d_init": "legs"}
 TINY["s4"] = {"s4_state_size": 6}
 TINY["lssl"] = {"s4_state_size": 5, "lssl_outputs": 2}

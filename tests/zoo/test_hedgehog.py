@@ -9,8 +9,8 @@ from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.cache import RecurrentCache
 from rnnzoo.zoo.core.configuration import RecurrentConfig
 from rnnzoo.zoo.core.modeling import RecurrentForCausalLM
-from rnnzoo.zoo.core.sizes import state_bytes
 from rnnzoo.zoo.core.rotary import Rotary, RotaryFrequencies
+from rnnzoo.zoo.core.sizes import state_bytes
 from rnnzoo.zoo.hedgehog.configuration_hedgehog import HedgehogConfig
 from rnnzoo.zoo.hedgehog.modeling_hedgehog import HedgehogForCausalLM, HedgehogMixer
 
