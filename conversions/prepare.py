@@ -13,8 +13,10 @@ from ..zoo.core.registry import mixer_class
 from .budget import check_budget
 from .processes import rows_per_step
 from .recipes import Recipe, check_recipe, keep_steps, kept_layers, load_recipe, parse_keep
-from .recipes.keep import check_ranking
-from .recipes.stages import WINDOW_PARTS, Align, Calibrate, Stage, TrainedStage
+from .recipes.keep import check_ranking, needs_ranking
+from .recipes.stages import WINDOW_PARTS, Align, Calibrate, OwnData, Stage, TrainedStage
+from .selection import load_ranking
+from .stage_inputs import check_end_to_end
 from .stages.calibrate import check_parts
 from .stages.layer_targets import check_target
 from .stages.window_dropout import check_window_dropout
@@ -37,6 +39,7 @@ def prepare_recipe(
     tokens: int | None = None,
     seq_len: int | None = None,
     batch_tokens: int | None = None,
+    ranking: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Recipe:
     """A recipe with the user's own values, checked against the teacher.
@@ -44,6 +47,7 @@ def prepare_recipe(
     Args:
         student: another mixer than the recipe's. What is made for the recipe's own falls away: its options, and the
             state budget with the parts of the closed-form stage that divide it, where the mixer has no windows.
+        ranking: file of a ranking of the layers, for `keep: best ...`.
 
     Raises:
         RnnzooError: an unknown or wrong recipe, or values that do not fit the teacher.
@@ -65,6 +69,10 @@ def prepare_recipe(
         )
     check_recipe(recipe, f"The recipe {recipe.name}")
     layers = teacher.config.num_hidden_layers
+    if ranking is not None:
+        if not needs_ranking(recipe.keep):
+            raise RnnzooError(f"--ranking is for `--keep 'best ...'`, but the recipe keeps {recipe.keep}.")
+        recipe.ranking = load_ranking(ranking, teacher, recipe.student)
     if recipe.ranking:
         check_ranking(recipe.ranking, layers, f"The recipe {recipe.name}")
     kept = kept_layers(recipe, layers)
@@ -115,6 +123,7 @@ def check_stages(recipe: Recipe, config: RecurrentConfig) -> None:
                 check_parts(stage, recipe.student)
             if isinstance(stage, TrainedStage) and stage.window_dropout:
                 check_window_dropout(recipe.student)
+            check_end_to_end(stage, recipe, config)
         except RnnzooError as error:
             raise RnnzooError(f"The recipe {recipe.name}, stage {stage.name}: {error}") from None
 
@@ -127,8 +136,9 @@ def check_batches(recipe: Recipe, teacher: TeacherRef, count: int) -> None:
     """
     for stage in recipe.stages:
         for tokens in stage_tokens(recipe, stage, teacher.config.num_hidden_layers):
-            if tokens and isinstance(stage, TrainedStage):
-                rows_per_step(recipe.batch_tokens, recipe.seq_len, max(1, tokens // recipe.seq_len), count)
+            if tokens and isinstance(stage, TrainedStage) and not isinstance(stage, OwnData):
+                length = stage.row_length(recipe)
+                rows_per_step(recipe.batch_tokens, length, max(1, tokens // length), count)
 
 
 def stage_steps(recipe: Recipe, stage: Stage, layers: int) -> list[bool]:

@@ -16,7 +16,7 @@ import yaml
 from ..zoo.core.sizes import causal_lm_class, layer_state_bytes, parameter_count, state_bytes
 from .energy import energy_record
 from .recipes import Recipe
-from .run import FINISHED, Run, write_json
+from .run import FINISHED, RANKING, Run, write_json
 from .teachers import TeacherRef
 
 __all__ = ["write_results"]
@@ -50,6 +50,7 @@ def write_results(run: Run, recipe: Recipe, teacher: TeacherRef, dtype: torch.dt
         "state_bytes": state_bytes(config, dtype),
         "layer_state_bytes": layer_state_bytes(config, dtype),
         "windows": getattr(config, "window_sizes", None),
+        "feature_widths": getattr(config, "feature_widths", None),
         "window_bits": getattr(config, "ring_bits", None),
     }
     results["teacher"] = (results.get("teacher") or {}) | teacher.record()
@@ -64,9 +65,11 @@ def write_results(run: Run, recipe: Recipe, teacher: TeacherRef, dtype: torch.dt
         "stages": shown,
         "data": ((results.get("conversion") or {}).get("data") or {}) | records,
     }
+    ranking = run.folder / RANKING
     later = {
         "teacher_perplexity": next((s["teacher_perplexity"] for s in done if "teacher_perplexity" in s), None),
         "energy": energy_record(run.folder),
+        "ranking": json.loads(ranking.read_text(encoding="utf-8")) if ranking.exists() else None,
     }
     results["conversion"] |= {name: value for name, value in later.items() if value}
     write_json(path, results)

@@ -2,6 +2,7 @@
 
     OUT/.rnnzoo/run.json            the request, and a record of each finished stage
     OUT/.rnnzoo/student/            the student after the last finished stage, in float32
+    OUT/.rnnzoo/ranking.json        how much each layer matters, where `keep` is "best ..."
     OUT/.rnnzoo/<stage>/            checkpoints and metrics of a training stage
     OUT/                            the finished model
 
@@ -21,9 +22,10 @@ from typing import Any
 from ..kernels.errors import RnnzooError
 from .files import replace_text
 
-__all__ = ["FINISHED", "Run", "alone_in", "holds_run", "open_run", "write_json"]
+__all__ = ["FINISHED", "RANKING", "Run", "alone_in", "holds_run", "open_run", "write_json"]
 
 FINISHED = "finished"  # the last record of a run: the model is in OUT
+RANKING = "ranking.json"  # of the layers, where the recipe keeps the best
 FOLDER = ".rnnzoo"
 PUBLISHED = ("config.json", "generation_config.json", "results.json", "evaluation.json", "README.md")
 
@@ -77,6 +79,10 @@ class Run:
         """The finished model into OUT."""
         whole = self.folder / "model"
         _save_model(student, whole, tokenizer)
+        self.publish_folder(whole)
+
+    def publish_folder(self, whole: Path) -> None:
+        """The same of a model that has been saved to this folder of the run, which goes."""
         for old in self.out.glob("model*.safetensors*"):
             old.unlink()
         for file in sorted(whole.iterdir(), key=lambda file: file.name == "config.json"):

@@ -35,7 +35,6 @@ __all__ = [
     "kept_layers",
     "list_recipes",
     "load_recipe",
-    "needs_ranking",
     "parse_keep",
 ]
 
@@ -138,7 +137,8 @@ def _checked(cls: type, raw: Any, where: str) -> Any:
             continue
         expected = {"str": str, "bool": bool, "dict[str, Any]": dict}.get(kind, list)
         items = {"list[str]": str, "list[int]": int}.get(kind, object)
-        if not isinstance(value, expected) or (expected is list and not all(isinstance(item, items) for item in value)):
+        wrong = isinstance(value, list) and not all(isinstance(item, items) for item in value)
+        if wrong or not isinstance(value, expected):
             raise RnnzooError(f"{where}: {name} is {value!r}; expected {field.type}.")
     return cls(**raw)
 

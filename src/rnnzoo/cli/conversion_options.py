@@ -24,7 +24,13 @@ _OPTIONS = [
     click.option(
         "--keep",
         metavar="LAYERS",
-        help="Layers that stay attention: `none`, a share such as 1/4, or numbers: 0,8,16. Default: the recipe's.",
+        help="Layers that stay attention: `none`, a share such as 1/4, numbers (0,8,16), or `first`, `last` or `best` "
+        "with a number or a share, such as 'best 25%'. Default: the recipe's.",
+    ),
+    click.option(
+        "--ranking",
+        metavar="FILE",
+        help="Ranking of the layers for `--keep best`, of `rnnzoo plan --select`. Default: made by the conversion.",
     ),
     click.option(
         "--state-budget",

@@ -1,0 +1,181 @@
+"""Which layers a conversion should keep as attention: how much each matters, by forward passes alone.
+
+    bypass_kl    KL(teacher || teacher without the mixer of one layer)
+    swap_kl      KL(teacher || teacher with that mixer replaced by the student's, calibrated but not trained)
+
+both means per token, in nats, on calibration text. The ranking is by swap_kl: what a layer costs when it is converted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.cache import cache_root
+from ..kernels.errors import RnnzooError
+from ..kernels.losses import linear_kl
+from .files import replace_text
+from .recipes.keep import check_ranking
+from .recipes.stages import Calibrate
+
+if TYPE_CHECKING:
+    from ..zoo.core.mixer import Context
+    from ..zoo.core.modeling import RecurrentForCausalLM
+    from .job import Job
+    from .recipes import Recipe
+    from .teachers import TeacherRef
+
+__all__ = ["default_path", "load_ranking", "measure_layers", "rank_layers", "save_ranking"]
+
+TOKENS = 4096  # of calibration text: each layer takes two passes over them, from its place on
+SCHEMA = 1
+
+
+def rank_layers(job: Job) -> dict[str, Any]:
+    """Measures every layer on the first tokens of the calibration text.
+
+    Returns:
+        A record with `order`, the layers with the most important first, and `layers`, the figures of each.
+    """
+    from .data import PackedTokens
+
+    started = time.monotonic()
+    data: PackedTokens = job.packed("calibration", job.recipe.calibration_tokens)
+    data = data.rows(0, min(len(data), -(-TOKENS // data.seq_len)))
+    student = calibrated_student(job)
+    report = lambda done, total: job.progress("select", done, total, {})  # noqa: E731
+    figures = measure_layers(job.twin, student.to(job.dtype).eval(), data, report)
+    order = sorted(range(len(figures)), key=lambda i: (-figures[i]["swap_kl"], -figures[i]["bypass_kl"], i))
+    return {
+        "schema": SCHEMA,
+        "teacher": job.teacher.sha,
+        "recipe": job.recipe.name,
+        "student": job.recipe.student,
+        "tokens": data.num_tokens,
+        "seconds": round(time.monotonic() - started, 1),
+        "order": order,
+        "layers": [{"layer": i, "rank": order.index(i) + 1} | figures[i] for i in range(len(figures))],
+    }
+
+
+def calibrated_student(job: Job) -> Any:
+    """A student of which every layer is converted, after the recipe's closed forms.
+
+    Each mixer is to stand in for its layer alone, so none mends what others would have left.
+    """
+    from .job import Part
+    from .stages import run_stage
+
+    student = job.initialise(None, [])
+    layers = list(range(student.config.num_hidden_layers))
+    for stage in job.recipe.stages:
+        if not isinstance(stage, Calibrate):
+            break  # what comes after training is for a trained student
+        stage = dataclasses.replace(stage, budget_context=0, correct=0.0)
+        student, _ = run_stage(job, stage, student, Part("select", range(0), layers))
+    return student
+
+
+@torch.no_grad()
+def measure_layers(
+    twin: RecurrentForCausalLM,
+    student: RecurrentForCausalLM,
+    data: Any,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, float]]:
+    """{bypass_kl, swap_kl} of every layer.
+
+    Args:
+        twin: the teacher, every layer attention. student: of the twin's type, with a mixer for each of its layers.
+        data: rows of tokens, see `PackedTokens`.
+    """
+    layers = len(twin.model.layers)
+    sums = torch.zeros(layers, 2, dtype=torch.float64)
+    for number in range(len(data)):
+        row = data[number]
+        ids, seq_ids = row["input_ids"][None], row["seq_ids"][None]
+        outputs = twin.model(input_ids=ids, seq_ids=seq_ids, use_cache=False, output_hidden_states=True)
+        for i in range(layers):
+            ctx = student.model.make_context(*ids.shape, ids.device, seq_ids=seq_ids)
+            own = student.model.layers[i].mixer
+            for j, mixer in enumerate((torch.zeros_like, lambda x, own=own, ctx=ctx: own(x, None, ctx)[0])):
+                changed = _with_mixer(twin, outputs.hidden_states[i], i, mixer, ids, seq_ids)
+                sums[i, j] += _divergence(twin, outputs.last_hidden_state, changed)
+            progress((number * layers + i + 1) * data.seq_len // layers, data.num_tokens)
+    return [{"bypass_kl": float(a), "swap_kl": float(b)} for a, b in sums / len(data)]
+
+
+def _with_mixer(
+    twin: RecurrentForCausalLM,
+    hidden: Tensor,
+    first: int,
+    mixer: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    seq_ids: Tensor,
+) -> Tensor:
+    """The twin's final hidden states where layer `first`, whose input is `hidden` (B, T, D), has another mixer."""
+    ctx: Context = twin.model.make_context(*ids.shape, ids.device, seq_ids=seq_ids)
+    hook = twin.model.layers[first].mixer.register_forward_hook(lambda _, args, out: (mixer(args[0]), out[1]))
+    try:
+        for block in list(twin.model.layers)[first:]:
+            hidden = block(hidden, None, ctx, None)[0]
+    finally:
+        hook.remove()
+    return twin.model.norm(hidden)
+
+
+def _divergence(twin: RecurrentForCausalLM, true: Tensor, changed: Tensor) -> float:
+    """KL of the predictions, a mean over tokens, from final hidden states (B, T, D)."""
+    weight = twin.lm_head.weight
+    return float(linear_kl(changed.flatten(0, 1), weight, true.flatten(0, 1), weight))
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def default_path(teacher: TeacherRef, recipe: Recipe) -> Path:
+    """Where `plan --select` keeps a ranking: by teacher, recipe and student."""
+    return cache_root() / "rankings" / f"{teacher.sha.split(':')[-1][:16]}-{recipe.name}-{recipe.student}.json"
+
+
+def save_ranking(path: Path, ranking: dict[str, Any]) -> None:
+    """Writes it whole or not at all.
+
+    Raises:
+        RnnzooError: it cannot be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(ranking, indent=1) + "\n")
+    except OSError as error:
+        raise RnnzooError(f"The ranking cannot be written to {path}: {error.strerror or error}.") from error
+
+
+def load_ranking(path: str | Path, teacher: TeacherRef, student: str) -> list[int]:
+    """All layers of the teacher, the most important first.
+
+    Raises:
+        RnnzooError: no ranking, or one of another teacher or student.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        order, known, mixer = list(found["order"]), found["teacher"], found["student"]
+    except OSError as error:
+        raise RnnzooError(f"The ranking {path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RnnzooError(f"{path} is no ranking of layers, such as `rnnzoo plan --select` makes.") from error
+    for what, theirs, ours in (("teacher", known, teacher.sha), ("student", mixer, student)):
+        if theirs != ours:
+            raise RnnzooError(
+                f"The ranking {path} is of the {what} {theirs}, but this conversion's is {ours}; make one for it with "
+                "`rnnzoo plan --select`."
+            )
+    check_ranking(order, teacher.config.num_hidden_layers, f"The file {path}")
+    return order
