@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from ...kernels.errors import RnnzooError
 from ..teachers.files import hub_reachable
-from .files import data_files, read_file
+from .files import data_files, is_plain_text, read_file
 
 __all__ = ["Corpus", "Split", "corpus_from_texts", "documents", "mixed_corpus", "open_corpus", "split_of"]
 
@@ -126,7 +126,14 @@ def mixed_corpus(corpora: Sequence[tuple[Corpus, int]]) -> Corpus:
     return Corpus("; ".join(corpus.source for corpus, _ in corpora), read)
 
 
-def open_corpus(data: Data, text_field: str = "text", *, tokenizer: Any = None, revision: str | None = None) -> Corpus:
+def open_corpus(
+    data: Data,
+    text_field: str = "text",
+    *,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    render: Callable[[Any, str], str] | None = None,
+) -> Corpus:
     """What `--data` names.
 
     Args:
@@ -136,11 +143,14 @@ def open_corpus(data: Data, text_field: str = "text", *, tokenizer: Any = None, 
             the tokenizer's chat template.
         tokenizer: for chats; without one the turns are written as "role: content".
         revision: of a Hub dataset.
+        render: instead of text_field and tokenizer: turns a record and the name of its place into the document; files
+            of plain text are then refused.
     Raises:
         RnnzooError: not there, an unknown format, an empty file, or a Hub dataset that cannot be reached.
     """
     names = [data] if isinstance(data, str | Path) else list(data)
-    render = _renderer(text_field, tokenizer)
+    records_only = render is not None
+    render = render or _renderer(text_field, tokenizer)
     files: list[Path] = []
     streams: list[str] = []
     for name in names:
@@ -151,6 +161,8 @@ def open_corpus(data: Data, text_field: str = "text", *, tokenizer: Any = None, 
             streams.append(name)
         else:
             raise RnnzooError(f"There is no file or folder {name}; --data takes files, folders and Hub dataset ids.")
+    if records_only and (plain := [file for file in files if is_plain_text(file)]):
+        raise RnnzooError(f"{plain[0]} is plain text; records are needed here: JSON lines, JSON or parquet.")
     files, empty = [f for f in files if f.stat().st_size], [f for f in files if not f.stat().st_size]
     if not files and not streams:
         raise RnnzooError(f"The data file {empty[0]} is empty; give --data a file with text.")

@@ -17,7 +17,7 @@ from typing import Any
 from ...kernels.errors import RnnzooError
 from ..teachers.files import user_errors
 
-__all__ = ["SUFFIXES", "data_files", "read_file"]
+__all__ = ["SUFFIXES", "data_files", "is_plain_text", "read_file"]
 
 SUFFIXES = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".json", ".parquet")
 # Documents of a text file, in characters: about 8,000 tokens, so that a long context still fits; less where a small
@@ -33,6 +33,11 @@ def kind_of(path: Path) -> str:
     """The suffix that tells the format, without .gz; "" where it is none of ours."""
     name = path.name.lower().removesuffix(".gz")
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether a file is read as text, not as records."""
+    return kind_of(path) in (".txt", ".text", ".md")
 
 
 def data_files(path: Path) -> list[Path]:
