@@ -232,8 +232,8 @@ class EndToEnd(TrainedStage):
     """What stages have that train the whole model, not layers on their own.
 
     Attributes:
-        trains: "mixers", "all", or "lora": adapters of low rank (Hu et al. 2021) on the converted mixers, merged into
-            their matrices when the stage ends; nothing else moves.
+        trains: "mixers", those of "converted" layers alone, "all", or "lora": adapters of low rank (Hu et al. 2021) on
+            the converted mixers, merged into their matrices when the stage ends; nothing else moves.
         lora_rank, lora_alpha: of the adapters, which add alpha / rank * B A. lora_targets: names of linear layers.
         rest_lr: of MLPs, norms and embeddings, where they are trained. attention_lr: of layers kept as attention. None:
             `lr`.
@@ -253,7 +253,7 @@ class EndToEnd(TrainedStage):
         return f"LoRA of rank {self.lora_rank}" if self.trains == "lora" else self.trains
 
     def choices(self) -> dict[str, tuple[str, ...]]:
-        return super().choices() | {"trains": ("mixers", "all", "lora")}
+        return super().choices() | {"trains": ("mixers", "converted", "all", "lora")}
 
     def rate(self, what: str) -> float:
         rate = {"attention": self.attention_lr, "rest": self.rest_lr}.get(what)

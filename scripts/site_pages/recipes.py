@@ -28,7 +28,7 @@ ALIGNED = {
     "features": "what is new in the mixers but the decay",
     "mixers": "the mixers",
 }
-TRAINED = {"mixers": "the mixers", "all": "all parameters"}
+TRAINED = {"mixers": "the mixers", "converted": "the mixers of converted layers", "all": "all parameters"}
 STEPS = {
     "each": "",
     "last": "at the last step",

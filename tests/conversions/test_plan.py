@@ -90,7 +90,7 @@ def test_progressive_steps_are_told(teachers):
         ("rnnzoo", {"state_budget": 100}, "too small"),
         ("supra", {"keep": "4"}, "no layer 4"),
         ("supra", {"seq_len": 4096}, "positions up to 512"),
-        ("lolcats", {}, "no recipe"),
+        ("lolkats", {}, "no recipe"),
         ("supra", {"student": "quantum"}, "not a layer type"),
         ("supra", {"student": "s4"}, "cannot be started from an attention layer"),
     ],

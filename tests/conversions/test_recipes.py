@@ -35,7 +35,7 @@ def teacher(tmp_path_factory):
     return resolve_teacher(str(tiny_teacher("llama", tmp_path_factory.mktemp("teacher"), num_hidden_layers=4)))
 
 
-@pytest.mark.parametrize("name", ["rnnzoo", "supra", "mamba-in-llama"])
+@pytest.mark.parametrize("name", list_recipes())
 def test_shipped_recipes_load_and_are_described(name):
     recipe = load_recipe(name)
     assert recipe.name == name and recipe.description and recipe.source
