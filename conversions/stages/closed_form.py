@@ -139,7 +139,7 @@ class Layer:
         self.theirs, self.ours, self.output, self.how, self.gradients = theirs, ours, output, how, weights
         self.heads: list[Tensor] = []  # (T, H * d) each, before the teacher's W_o
         self.wanted: list[Tensor] = []  # (T, D): attention(h) + correct h
-        self.weights: list[Tensor | None] = []  # (T,)
+        self.streams: list[Tensor] = []  # (T, D): h behind the layer
         self.fits_heads = theirs.mixer.proj.o_proj.in_features == output.in_features
 
     def teach(self, streams: list[Stream]) -> None:
@@ -152,16 +152,18 @@ class Layer:
                 stream.advance(self.theirs)
             self.heads.append(projection.given[0])
             self.wanted.append(layer.output[0].float() + self.how.correct * hidden[0].float())
-            self.weights.append(self.weight_of(hidden[0] + layer.output[0], len(self.weights)))
+            self.streams.append(hidden[0] + layer.output[0])
             if distances is not None:
                 distances.add(layer.given, stream.ctx)
         if distances is not None:
             self.ours.mixer.set_decay(-math.log(2) / distances.mean().to(self.output.weight.device))
 
-    def weight_of(self, hidden: Tensor, row: int) -> Tensor | None:
-        """Of the tokens of a row in the least squares, (T,), from the teacher's stream (T, D) behind the layer."""
+    def weight_of(self, row: int, said: Tensor) -> Tensor | None:
+        """Of the tokens of a row in the least squares, (T,); said (T, D) is the student's stream behind the layer."""
         if self.how.weighting == "norm":
-            return 1 / hidden.float().square().mean(-1)
+            # Where the student is far off, its own error is the measure: such tokens would else outweigh all others.
+            h = self.streams[row].float()
+            return 1 / (h.square() + (said.float() - h).square()).mean(-1)
         return None if self.gradients is None else self.gradients[row]
 
     def fit(self, streams: list[Stream]) -> tuple[float, float]:
@@ -183,9 +185,9 @@ class Layer:
         heads = self.theirs.mixer.proj.num_heads
         dots = torch.zeros(2, heads, dtype=torch.float64, device=gram.g.device) if self.fits_heads else None
         for i, stream in enumerate(streams):
-            weight = self.weights[i]
             with caught(self.output) as seen:
-                stream.mixed(self.ours)
+                mixed = stream.mixed(self.ours)
+            weight = self.weight_of(i, stream.hidden[0] + mixed[0])
             y = seen.given[0].to(torch.promote_types(self.output.weight.dtype, torch.float32))
             wanted = self.wanted[i].to(y) - self.how.correct * stream.hidden[0].to(y)
             if dots is not None:

@@ -1,4 +1,4 @@
-"""Decays that are set: what a head forgets in a step is what it was told, and heads that share a state take the mean."""
+"""Decays that are set: a head forgets in a step what it was told to, and heads that share a state take the mean."""
 
 from __future__ import annotations
 

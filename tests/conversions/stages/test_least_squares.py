@@ -24,7 +24,7 @@ def streamed(y, z, weights, pieces: int = 4) -> Gram:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("ridge", [0.03, 2.0])
 def test_the_refit_is_the_dense_ridge_solution_around_the_old_weight(weighted, ridge):
-    """As ordinary least squares with the ridge as rows of its own: sqrt(w) y W^T = sqrt(w) z, sqrt(l) W = sqrt(l) W_0."""
+    """As least squares with rows for the ridge: sqrt(w) y W^T = sqrt(w) z, sqrt(lambda) W = sqrt(lambda) W_0."""
     y, z, old, weights = problem()
     weights = weights if weighted else torch.ones_like(weights)
     found = streamed(y, z, weights if weighted else None).refit(old, ridge)
