@@ -12,10 +12,12 @@ from ..kernels.errors import RnnzooError
 from .energy import check_energy, measured_energy
 from .job import Job, Progress
 from .memory import keep_freed_memory
+from .offload import check_offload
 from .prepare import check_batches, prepare_recipe
 from .processes import Processes
 from .recipes import Recipe
 from .run import FINISHED, Run, alone_in, holds_run, open_run
+from .stage_inputs import check_inputs
 from .teachers import TeacherRef, resolve_teacher
 from .teachers.files import user_errors
 
@@ -35,11 +37,14 @@ def convert(
     tokens: int | None = None,
     seq_len: int | None = None,
     batch_tokens: int | None = None,
+    ranking: str | None = None,
+    chat_data: list[str] | None = None,
     seed: int = 0,
     dtype: str = "bfloat16",
     restart: bool = False,
     evaluate: bool = True,
     revision: str | None = None,
+    offload: bool = False,
     energy: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -52,9 +57,13 @@ def convert(
         teacher: as `resolve_teacher` takes it. recipe: a name or the path of a YAML file.
         data: as `open_corpus` takes it; None: the embedded default.
         student, keep, state_budget, tokens, seq_len, batch_tokens: instead of the recipe's own.
+        ranking: file of `plan --select`, for `keep` "best ..."; None: the layers are ranked before the first stage.
+        chat_data: chats and preferences, as `data/chats.py` describes them, for stages of kind sft and dpo.
         dtype: "bfloat16" or "float32", of training and of the saved weights.
         restart: discard an earlier run in `out`.
         evaluate: measure the result on text held out from the data, beside the teacher, and the way there.
+        offload: keep teacher and student on disk, with one layer in memory at a time: for stages that work layer by
+            layer, see `offload.py`. The result is not measured, because that takes the whole model.
         energy: ISO code of the country, such as "DEU": measure energy and CO2 of the stages with CodeCarbon.
         progress: called as progress(stage, done tokens, all tokens, info).
     Returns:
@@ -69,20 +78,23 @@ def convert(
     processes = Processes()
     main = processes.main
     own = {"student": student, "keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}
-    own |= {"batch_tokens": batch_tokens}
+    own |= {"batch_tokens": batch_tokens, "ranking": ranking}
 
-    def checked() -> tuple[TeacherRef, Recipe]:
+    def checked() -> tuple[TeacherRef, Recipe, dict[str, Any]]:
         found = resolve_teacher(teacher, revision=revision)
         chosen = prepare_recipe(recipe, found, **own, dtype=getattr(torch, dtype))
         check_batches(chosen, found, processes.count)
-        if main and data and (restart or not holds_run(out)):
+        if offload:
+            check_offload(chosen, data, processes.count)
+        fresh = main and (restart or not holds_run(out))
+        if data and fresh:
             from .data import open_corpus
 
             # Unusable data must be told before an earlier run is discarded.
             next(open_corpus(data, text_field).documents("training"), None)
-        return found, chosen
+        return found, chosen, check_inputs(chosen, found, chat_data, look=fresh)
 
-    found, chosen = processes.first(checked)
+    found, chosen, inputs = processes.first(checked)
     request = {
         "teacher": found.sha,
         "recipe": chosen.to_dict(),
@@ -90,6 +102,7 @@ def convert(
         "text_field": text_field,
         "seed": seed,
         "dtype": dtype,
+        **inputs,
     }
     with contextlib.ExitStack() as stack:
 
@@ -106,7 +119,8 @@ def convert(
         silent: Progress = lambda *_: None  # noqa: E731
         said = (main and progress) or silent
         job = Job(run, found, chosen, data, text_field, seed, getattr(torch, dtype), said)
-        job.ladder = evaluate
+        job.ladder, job.offload = evaluate and not offload, offload
+        job.chat_data = chat_data
         try:
             with user_errors(f"The conversion into {out} stopped, and the same command will go on with it"):
                 if run.record(FINISHED) is None:

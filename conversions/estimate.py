@@ -106,7 +106,9 @@ class Sizes:
 
     def trained(self, stage: Stage) -> int:
         """M of a stage."""
-        return {"nothing": 0, "new parameters": self.new, "all": self.student}.get(stage.trainable(), self.mixers)
+        return {"nothing": 0, "all": self.student}.get(
+            stage.trainable(), self.new if "new" in stage.trainable() else self.mixers
+        )
 
 
 def flops_per_token(sizes: Sizes, stage: Stage, seq_len: int, checkpointing: bool = False) -> float:

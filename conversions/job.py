@@ -15,9 +15,11 @@ from .memory import return_freed_memory
 from .prepare import stage_steps, stage_tokens
 from .processes import Processes
 from .recipes import Recipe, keep_steps, parse_keep
+from .recipes.keep import needs_ranking
 from .recipes.stages import Calibrate, Extend, OwnData, TrainedStage
 from .results import write_results
-from .run import FINISHED, Run, write_json
+from .run import FINISHED, RANKING, Run, write_json
+from .selection import load_ranking, rank_layers, save_ranking
 from .stages import run_stage
 from .student import attention_twin, build_student, continue_from, layer_types, student_config
 from .teachers import TeacherRef
@@ -62,7 +64,10 @@ class Job:
         self.run, self.teacher, self.recipe, self.seed, self.dtype = run, teacher, recipe, seed, dtype
         self.data, self.text_field, self.progress = data, text_field, progress
         self.ladder = False  # measure the student after each stage
+        self.offload = False  # one layer in memory at a time, see `offload.py`
+        self.chat_data: list[str] | None = None  # for stages that have data of their own
         self.processes = Processes()
+        self._take_ranking()
 
     # What stages need ----------------------------------------------------------------------------------------------
 
@@ -142,11 +147,18 @@ class Job:
     # Stages --------------------------------------------------------------------------------------------------------
 
     def stages(self) -> None:
+        if self.offload:
+            from .offload import run_offloaded
+
+            return run_offloaded(self)
         layers = self.teacher.config.num_hidden_layers
-        steps = keep_steps(self.recipe, layers)
         self.processes.first(self.teacher.fetch)
         student = self._saved_student()
-        self.processes.first(self._prepare_data)
+        self.processes.first(self.prepare_data)
+        if needs_ranking(self.recipe.keep) and not self.recipe.ranking:
+            self.processes.only(lambda: save_ranking(self.run.folder / RANKING, rank_layers(self)))
+            self._take_ranking()
+        steps = keep_steps(self.recipe, layers)
         used: dict[str, int] = {}
         for number, keep in enumerate(steps):
             prefix = f"{number + 1}-" if len(steps) > 1 else ""
@@ -175,6 +187,13 @@ class Job:
                     student = self._by_main(part.name, work)
         self.processes.only(lambda: self._publish(student))
 
+    def _take_ranking(self) -> None:
+        """The ranking that this run made before, so that it goes on with the same layers."""
+        path = self.run.folder / RANKING
+        if needs_ranking(self.recipe.keep) and not self.recipe.ranking and path.exists():
+            order = load_ranking(path, self.teacher, self.recipe.student)
+            self.recipe = dataclasses.replace(self.recipe, ranking=order)
+
     def _by_main(self, name: str, work: Callable[[], tuple[Any, dict[str, Any]]]) -> Any:
         """The student after a stage: the main process does and records it, the others read what it has saved."""
 
@@ -201,7 +220,7 @@ class Job:
 
     def _begin(self, name: str, previous: Any, kept: list[int], first: bool) -> tuple[Any, dict[str, Any]]:
         self.progress(name, 0, 1, {})
-        student = self._initialise(previous, kept)
+        student = self.initialise(previous, kept)
         report = {"tokens": 0, "kept": kept}
         if first and (found := self._held_out(self.twin, "teacher")):
             report["teacher_perplexity"] = found
@@ -228,7 +247,8 @@ class Job:
             progress=lambda done, total: self.progress(f"{name}, held-out text", done, total, {}),
         )
 
-    def _initialise(self, previous: Any, keep: list[int]) -> Any:
+    def initialise(self, previous: Any, keep: list[int]) -> Any:
+        """A student started from the teacher, the layers `keep` attention, and from what was trained before."""
         types = layer_types(self.teacher, self.recipe, keep)
         config = student_config(self.teacher, self.recipe, types)
         student = build_student(self.teacher, self.model, config, self.recipe.student, torch.float32, self.seed)
@@ -236,7 +256,7 @@ class Job:
             continue_from(student, previous)
         return student
 
-    def _prepare_data(self) -> None:
+    def prepare_data(self) -> None:
         """Makes all rows before the first stage, so that unusable text stops a run before it began."""
         trained = (
             [stage for stage in self.recipe.stages if isinstance(stage, TrainedStage)] if self.recipe.tokens else []

@@ -26,6 +26,12 @@ from .progress import ProgressReport
     metavar="SOURCE",
     help="Text, JSON lines, parquet, a folder, or a Hub dataset; repeatable. Default: an open corpus.",
 )
+@click.option(
+    "--chat-data",
+    multiple=True,
+    metavar="SOURCE",
+    help="Chats or preference pairs, for recipes with stages of kind sft or dpo; repeatable.",
+)
 @click.option("--text-field", default="text", show_default=True, help="Field of JSON lines, parquet and datasets.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -37,9 +43,14 @@ from .progress import ProgressReport
 )
 @click.option("--restart", is_flag=True, help="Discard what an earlier run left in DIR.")
 @energy_option
+@click.option(
+    "--offload",
+    is_flag=True,
+    help="Keep teacher and student on disk, one layer in memory at a time; for recipes such as `layerwise`.",
+)
 @click.option("--evaluate/--no-evaluate", default=True, show_default=True, help="Measure the result at the end.")
 @output_options
-def command(out: str, data: tuple[str, ...], output: Output, **options: Any) -> None:
+def command(out: str, data: tuple[str, ...], chat_data: tuple[str, ...], output: Output, **options: Any) -> None:
     """Turn TEACHER into a recurrent model in DIR.
 
     TEACHER is a Hub id, a folder, or a GGUF file; `embedded`, the default, is SmolLM2-135M-Instruct from a PyPI wheel.
@@ -51,7 +62,13 @@ def command(out: str, data: tuple[str, ...], output: Output, **options: Any) -> 
         from ..conversions.processes import Processes
 
         results = convert(
-            options.pop("teacher"), options.pop("recipe"), out, data=list(data) or None, progress=progress, **options
+            options.pop("teacher"),
+            options.pop("recipe"),
+            out,
+            data=list(data) or None,
+            chat_data=list(chat_data) or None,
+            progress=progress,
+            **options,
         )
         Processes().end()
     from .results import show_results
