@@ -15,7 +15,7 @@ import torch
 from ..processes import rows_per_step
 from .examples import load_examples, row_order
 from .lora import trainable
-from .sft import own_trainer
+from .sft import own_trainer, quiet
 from .training import stage_arguments
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def run(job: Job, stage: Dpo, student: Any, part: Part) -> tuple[Any, dict[str, 
     tokens = record["tokens"] * len(order) // len(dataset)
     steps = len(order) // per_step
     bf16 = job.dtype == torch.bfloat16
-    with trainable(student, stage, job.seed) as trains:
+    with trainable(student, stage, job.seed) as trains, quiet():
         trainer = own_trainer(DPOTrainer)(
             model=student,
             args=DPOConfig(

@@ -5,6 +5,11 @@ A packed row says where each chat begins, and the state is empty there: no chat 
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +23,7 @@ if TYPE_CHECKING:
     from ..job import Job, Part
     from ..recipes.stages import Sft
 
-__all__ = ["own_trainer", "run"]
+__all__ = ["own_trainer", "quiet", "run"]
 
 
 def run(job: Job, stage: Sft, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
@@ -31,7 +36,7 @@ def run(job: Job, stage: Sft, student: Any, part: Part) -> tuple[Any, dict[str, 
     tokens = sum(len(dataset[n]["input_ids"]) for n in order)
     steps = len(order) // per_step
     bf16 = job.dtype == torch.bfloat16
-    with trainable(student, stage, job.seed) as trains:
+    with trainable(student, stage, job.seed) as trains, quiet():
         trainer = own_trainer(SFTTrainer)(
             model=student,
             args=SFTConfig(
@@ -47,6 +52,25 @@ def run(job: Job, stage: Sft, student: Any, part: Part) -> tuple[Any, dict[str, 
         report = trainer.run(stage, student, trains, job, part, tokens // steps)
     about = {name: record[name] for name in ("examples", "left_out", "loss_on_all_of") if name in record}
     return student, report | {"tokens": tokens} | about
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what TRL says about settings that are meant, and without its progress bars, which would break ours."""
+    logger, before = logging.getLogger("trl"), os.environ.get("TQDM_DISABLE")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        logger.setLevel(logging.ERROR)
+        os.environ["TQDM_DISABLE"] = "1"
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            if before is None:
+                del os.environ["TQDM_DISABLE"]
+            else:
+                os.environ["TQDM_DISABLE"] = before
 
 
 def own_trainer(base: type) -> Any:
