@@ -26,7 +26,7 @@ import yaml
 
 from ...kernels.errors import RnnzooError
 from .keep import keep_steps, kept_layers, parse_keep
-from .stages import KINDS, Stage
+from .stages import KINDS, Calibrate, Stage
 
 __all__ = [
     "Recipe",
@@ -168,7 +168,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             stage.check(recipe)
         except RnnzooError as error:
             raise RnnzooError(f"{where}, stage {stage.name}: {error}") from None
-    calibrates = any(stage.kind == "calibrate" for stage in recipe.stages)
+    calibrates = any(isinstance(stage, Calibrate) and "windows" in stage.chosen(recipe) for stage in recipe.stages)
     if recipe.state_budget is not None and not calibrates:
         raise RnnzooError(f"{where}: a state budget is divided by a stage of kind calibrate, and there is none.")
     if recipe.calibration_tokens < 1 or recipe.batch_tokens < 1 or recipe.tokens < 0:

@@ -93,7 +93,7 @@ class Measuring(Stage):
             raise RnnzooError("feature_widths and budget_context divide a budget; give the recipe a state_budget.")
 
 
-PARTS = ("windows", "features", "decay", "scale", "output", "value")
+PARTS = ("windows", "features", "decay", "scale", "output")
 WINDOW_PARTS = ("windows", "features")
 
 
@@ -104,7 +104,7 @@ class Calibrate(Measuring):
     Attributes:
         parts: of PARTS, which run in that order; none: those that the student has (`chosen`). Windows and features are
             for hedgehog layers, see `stages/calibrate.py`, the others for all, see `stages/closed_form.py`.
-        ridge: how strongly output and value are drawn to the weights that they replace.
+        ridge: how strongly the output is drawn to the weight that it replaces.
         correct: share of what the layers before left that a layer mends, from 0 to 1.
         weighting: of the tokens: "norm", by 1 / |h|^2 of the teacher's stream, as its norms see errors; "gradient", by
             the mean squared gradient of its loss; or "none".

@@ -7,8 +7,7 @@ decay     its heads start to forget at the pace at which the teacher's heads loo
 scale     o_h <- o_h <t_h, o_h> / <o_h, o_h> for the heads' outputs o_h and the teacher's t_h, in W_o's columns.
 output    W_o <- argmin_W  sum_t w_t |y_t W^T - target_t|^2 + lambda |W - W_o|^2, y_t what W_o is given, gates and norms
           included; target_t = attention(h)_t + correct (h_t - s_t), so that a layer mends in part what those before it
-          left; lambda is relative to the mean diagonal of sum_t w_t y_t^T y_t; w_t see `weights`.
-value     the same least squares in W_v, where y is linear in it (`values`), and then in W_o once more.
+          left; lambda is relative to the mean diagonal of sum_t w_t y_t^T y_t; w_t in `weight_of`.
 
 W is drawn to the weight that it replaces, not to zero: little text changes little, and the error cannot grow.
 Decay and scale after Taylor-Calibrate (2026); layer by layer on the student's own inputs, as GPTQ (Frantar et al. 2022)
