@@ -34,6 +34,7 @@ TINY |= {
     "mamba": {"mamba_state_size": 3, "ssm_conv_kernel": 3, "intermediate_size": 0},
 }
 TINY["tova"] = {"tova_states": 4}
+TINY["liger"] = {"liger_window": 3, "liger_gate_divisor": 2.0}
 TINY["s4d"] = {"s4_state_size": 6, "s4d_init": "legs"}
 TINY["s4"] = {"s4_state_size": 6}
 TINY["lssl"] = {"s4_state_size": 5, "lssl_outputs": 2}

@@ -52,6 +52,7 @@ LAYERS = {
     "mamba2": mamba2,
     "phi_mamba": phi_mamba,
     "hedgehog": attention,
+    "liger": attention,
 }
 
 

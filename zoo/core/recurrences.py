@@ -9,13 +9,19 @@ from torch import Tensor
 
 from ...kernels.block_scan import block_scan, block_scan_step
 from ...kernels.delta_rule import delta_rule, delta_rule_step
-from ...kernels.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
+from ...kernels.gated_linear_attention import (
+    Window,
+    WindowState,
+    gated_linear_attention,
+    gated_linear_attention_step,
+)
 from ...kernels.linear_scan import linear_scan, linear_scan_step
 from ...kernels.long_conv import long_conv, long_conv_step
 from ...kernels.selective_scan import selective_scan, selective_scan_step
 from ...kernels.short_conv import short_conv, short_conv_step
 from ...kernels.softmax_scan import softmax_scan, softmax_scan_step
 from ...kernels.softmax_scan.state import SoftmaxState
+from ...kernels.window_step import window_step
 from .mixer import Context
 
 __all__ = [
@@ -30,6 +36,7 @@ __all__ = [
     "softmax_average",
     "state_space",
     "token_shift",
+    "window_attention",
 ]
 
 
@@ -166,3 +173,23 @@ def state_space(
     if ctx.in_place and state is not None:
         return long_conv_step(u[:, 0], **system, d=d, state=state)[:, None], state
     return long_conv(u, **system, d=d, initial_state=state, seq_ids=ctx.seq_ids, mask=ctx.mask)
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], state: WindowState | None, ctx: Context
+) -> tuple[Tensor, WindowState]:
+    """Softmax attention of the rotated q, k over the last tokens, in a state of fixed size.
+
+    Args:
+        q: (B, T, H, d). k: (B, T, Hk, d). v: (B, T, Hk, dv). lengths: of the window of each kv head.
+
+    Returns:
+        The output (B, T, H, dv) and the state, which has no features.
+    """
+    alone = ctx.in_place and state is not None
+    if alone:
+        o = window_step(q[:, 0, :, :0], q[:, 0], k[:, 0], v[:, 0], state, lengths=lengths)
+        return o[:, None].to(v.dtype), cast(WindowState, state)
+    call = {"initial_state": state, "seq_ids": ctx.seq_ids, "mask": ctx.mask}
+    o, after = gated_linear_attention(q[..., :0], k[..., :0], v, window=Window(q=q, k=k, lengths=lengths), **call)
+    return o, cast(WindowState, after)
