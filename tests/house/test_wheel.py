@@ -63,6 +63,15 @@ def test_sdist_holds_every_source_file(checkout, tmp_path):
     assert "setup.py" in names
 
 
+def test_the_index_would_take_both(checkout, tmp_path):
+    """What `twine check --strict` says of their metadata and of the README as the project's page."""
+    files = [build(kind, checkout, tmp_path / kind) for kind in ("wheel", "sdist")]
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED") == 2
+
+
 def test_build_without_symbolic_links_fails_and_says_why(checkout, tmp_path):
     copy = tmp_path / "checkout"
     shutil.copytree(checkout, copy, symlinks=True)
