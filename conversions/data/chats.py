@@ -95,8 +95,8 @@ def _preference(record: dict[str, Any], place: str) -> dict[str, Any]:
     else:
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
-    if not prompt or not chosen or not rejected or chosen == rejected:
-        raise RnnzooError(f"{place}: a preference needs a prompt and two different answers.")
+    if not prompt:
+        raise RnnzooError(f"{place}: a preference needs a prompt, or two answers that begin with the same turns.")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 

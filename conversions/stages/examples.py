@@ -131,6 +131,9 @@ class _Taken:
             self.rows.append({"input_ids": ids[:longest], "labels": labels[:longest]})
             self.tokens += min(len(ids), longest)
         else:
+            if not all(example[name] for name in _ANSWERS) or example["chosen"] == example["rejected"]:
+                self.left_out += 1  # no preference in it: collections of them have a few such
+                return
             sizes = [len(chat_tokens(example["prompt"] + example[name], self.job.tokenizer)[0]) for name in _ANSWERS]
             if max(sizes) > longest:  # cut short, two answers may be the same
                 self.left_out += 1
@@ -146,8 +149,8 @@ class _Taken:
 
     def record(self, sources: list[str]) -> dict[str, Any]:
         if self.left_out:
-            log.info("%d examples of the stage %s were left out: too long, or in the evaluation text", self.left_out,
-                     self.stage.name)  # fmt: skip
+            why = "too long, empty, or in the evaluation text"
+            log.info("%d examples of the stage %s were left out: %s", self.left_out, self.stage.name, why)
         about = {"sha256": self.digest.hexdigest(), "tokens": self.tokens, "examples": len(self.rows)}
         about |= {"left_out": self.left_out, "source": ", ".join(Path(source).name for source in sources)}
         # Chats in which the template does not tell who speaks, so that the loss is on all of them.

@@ -139,6 +139,14 @@ def test_a_share_takes_as_much_as_these_tokens(teacher, tmp_path):
     assert 200 <= load_examples(job, stage)[1]["tokens"] < 200 + LENGTH
 
 
+def test_pairs_of_two_like_answers_or_too_long_ones_are_left_out(teacher, tmp_path):
+    records = [{"prompt": "a", "chosen": "b", "rejected": said} for said in ("c", "b", "c" * 500)]
+    stage = Dpo("prefer")
+    job = OwnStage(teacher, tmp_path, written(tmp_path / "p.jsonl", records), stage, length=128)
+    record = load_examples(job, stage)[1]
+    assert (record["examples"], record["left_out"]) == (1, 2)
+
+
 def test_chats_of_the_evaluation_text_are_left_out(teacher, tmp_path):
     shown = " ".join(f"{word}{n}" for n, word in enumerate(WORDS))
     records = [{"messages": [TURNS[0], {"role": "assistant", "content": shown}]}, {"messages": TURNS}]
@@ -238,7 +246,7 @@ def test_records_of_several_shapes_are_read(tmp_path):
         ("chat", [1], "line 2 is list, not an object"),
         ("chat", "{", "line 2 is not JSON"),
         ("preference", {"messages": TURNS}, "line 2 is no preference: it has messages"),
-        ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "a prompt and two different answers"),
+        ("preference", {"chosen": TURNS, "rejected": TURNS[1:]}, "line 2: a preference needs a prompt"),
     ],
 )
 def test_a_record_that_is_not_of_the_kind_is_told(tmp_path, kind, record, message):
