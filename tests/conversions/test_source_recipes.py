@@ -44,8 +44,12 @@ NUMBERS = {
         {"trains": "all", "kl": 0.0, "ce": 1.0},
     ],
 }
+NUMBERS["liger"] = [
+    {"trains": "lora", "lora_rank": 8, "lora_alpha": 8, "lora_targets": ["q_proj", "k_proj", "v_proj"], "lr": 1e-3}
+    | {"ce": 1.0, "kl": 0.0, "warmup": 0.0, "weight_decay": 0.01},
+]
 NUMBERS["mamba-in-llama-stepwise"] = NUMBERS["mamba-in-llama"]
-LENGTHS = {"supra": 2048, "mamba-in-llama": 2048, "lolcats": 1024, "mohawk": 2048, "radlads": 512}
+LENGTHS = {"supra": 2048, "mamba-in-llama": 2048, "lolcats": 1024, "mohawk": 2048, "radlads": 512, "liger": 1024}
 
 
 def mixer_parts(*parts: str):
@@ -68,6 +72,7 @@ MOVES = {
         "transfer": mixer_parts("query_map", "key_map", "log_factor"),
         "lora": mixer_parts(*PROJECTIONS),
     },
+    "liger": {"lora": mixer_parts(*PROJECTIONS[:3])},
     "mohawk": {
         "matrices": mixer_parts("q_proj.weight", "k_proj.weight", "conv1d.weight", "conv1d.bias", "decay.weight", ".D"),
         "outputs": mixers,
