@@ -134,6 +134,58 @@ def test_mamba2_starts_as_the_mamba_in_the_llama(teachers, family):
         assert mixer.conv1d.weight.std() > 0.1 and mixer.conv1d.weight.abs().max() <= 0.5
 
 
+@pytest.mark.parametrize("mixer", ["rwkv6", "rwkv7"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_rwkv_students_start_as_radlads(teachers, family, mixer):
+    """Its formulas for the decays by channel and depth, and zero wherever it has zero."""
+    ref, model = teachers(family)
+    student = student_of((ref, model), mixer)
+    assert student.config.rwkv_rotate and student.config.channel_mixer == "mlp"
+    for i, block in enumerate(student.model.layers):
+        layer, weights = block.mixer, ref.family.attention_weights(model, i)
+        assert same_attention(layer.proj, weights)
+        assert layer.norm is None  # the output is multiplied by d^-1/2
+        ramp = torch.arange(weights.num_heads * weights.head_dim) / (weights.num_heads * weights.head_dim - 1)
+        depth = i / (len(student.model.layers) - 1)
+        assert not layer.decay.down.weight.any()
+        if mixer == "rwkv6":
+            torch.testing.assert_close(layer.decay.up.bias, -6 + 5 * ramp ** (0.7 + 1.3 * depth))
+            assert layer.config.rwkv6_balance and layer.gate_act is torch.sigmoid and not layer.gate.weight.any()
+            assert not any(x.any() for x in (layer.shift.mix, layer.shift.mix_x, layer.shift.down.weight))
+        else:
+            torch.testing.assert_close(layer.decay.up.bias, 0.5 - 7 + 5 * ramp ** (0.85 + depth**0.5))
+            zeros = (layer.rate.up.bias, layer.rate.down.weight, layer.bonus, layer.mix)
+            assert layer.share is None and not any(x.any() for x in zeros)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("mixer", ["liger", "tova"])
+def test_students_without_new_parameters_are_the_teachers_attention(teachers, family, mixer):
+    ref, model = teachers(family)
+    twin = attention_twin(ref, model, torch.float32)
+    student = student_of((ref, model), mixer)
+    assert student.state_dict().keys() == twin.state_dict().keys()
+    assert all(torch.equal(tensor, twin.state_dict()[name]) for name, tensor in student.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_phi_mamba_repeats_the_teachers_kv_heads_and_holds_its_scores(teachers, family):
+    ref, model = teachers(family)
+    for i, block in enumerate(student_of((ref, model), "phi_mamba").model.layers):
+        proj, weights = block.mixer.proj, ref.family.attention_weights(model, i).repeated()
+        assert torch.equal(proj.k_proj.weight, weights.k) and torch.equal(proj.v_proj.weight, weights.v)
+        scale = weights.head_dim**-0.5
+        if weights.q_norm is None:
+            torch.testing.assert_close(proj.q_proj.weight, weights.q * scale)
+        else:
+            torch.testing.assert_close(proj.q_norm.weight, weights.q_norm * scale)
+        taps = proj.conv1d.weight[:, 0]
+        assert bool((taps[:, -1] == 1).all()) and not taps[:, :-1].any() and not proj.conv1d.bias.any()
+        gate = torch.nn.functional.silu(block.mixer.gate(torch.randn(5, proj.q_proj.in_features)))
+        torch.testing.assert_close(gate, torch.ones_like(gate))
+
+
 CONVERTIBLE = [
     name for name in architectures() if mixer_class(name).init_from_attention is not Mixer.init_from_attention
 ]
