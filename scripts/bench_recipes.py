@@ -105,7 +105,10 @@ def frontier_command(teacher, data, text, eval_tokens, out, tokens, budgets) -> 
         points = frontier_rows(rows)
         replace_text(out / "frontier.json", json.dumps({"rows": points, "teacher": whole}, indent=1) + "\n")
         replace_text(out / "frontier.md", frontier_table(points, whole))
-        draw(points, whole, out / "frontier.png")
+        try:
+            draw(points, whole, out / "frontier.png")
+        except ImportError:
+            click.echo("no plot: matplotlib is not installed (pip install 'rnnzoo[plots]')", err=True)
     click.echo(frontier_table(points, whole))
 
 

@@ -81,7 +81,10 @@ def kernels(
         if out is not None:
             write_rows(out / "kernels.json", machine, rows)
     if out is not None:
-        plot(out / "kernels.png", rows)
+        try:
+            plot(out / "kernels.png", rows)
+        except ImportError:
+            output.note("no plot: matplotlib is not installed (pip install 'rnnzoo[plots]')")
     output.result({"machine": machine, "rows": rows}, lambda console: _show(machine, rows, console))
 
 
