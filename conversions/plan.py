@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..kernels.errors import RnnzooError
 from ..zoo.core.registry import ATTENTION_TYPES
 from ..zoo.core.sizes import parameter_count, state_bytes
 from .devices import FLOPS_PER_CORE, parse_devices
+from .measured_plan import (
+    allocation_of_run,
+    check_allocation,
+    measured_allocation,
+    measured_ranking,
+    temporary_job,
+)
 from .prepare import prepare_recipe
 from .recipes import keep_steps, kept_layers
+from .recipes.keep import needs_ranking
+from .recipes.stages import OwnData
 from .student import layer_types, student_config
 from .teachers import resolve_teacher
+
+if TYPE_CHECKING:
+    from .job import Progress
 
 __all__ = ["Plan", "make_plan"]
 
@@ -41,24 +55,53 @@ def make_plan(
     batch_tokens: int | None = None,
     revision: str | None = None,
     devices: str | None = None,
+    ranking: str | None = None,
+    select: bool = False,
+    allocate: bool = False,
+    run: str | None = None,
+    data: list[str] | None = None,
+    chat_data: list[str] | None = None,
+    text_field: str = "text",
+    progress: Progress | None = None,
 ) -> Plan:
-    """Layer map, parameters, memory, state, tokens, time and licence; no weights are loaded.
+    """Layer map, parameters, memory, state, tokens, time and licence; no weights are loaded but for what is measured.
 
     Time is 2 FLOP per parameter and token for each forward pass and 4 for a backward pass, at 50 GFLOP/s a core.
 
     Args:
         teacher: as `resolve_teacher` takes it; a folder with config.json alone will do.
         devices: such as "8xH100": adds what the conversion takes on these, by the formulas of `estimate.py`.
+        select: measure which layers matter, and write that to the file `ranking`, or to the cache; without `select`,
+            `ranking` is read, for `keep` "best ...". allocate: measure where the state budget goes.
+        run: folder of a calibrated conversion, whose allocation is shown. data, text_field: text to measure on.
+        chat_data: of stages of kind sft and dpo, whose tokens are then counted, at 4 characters each.
     Raises:
         RnnzooError: as `convert` would for the same input.
     """
     if devices is not None:
         parse_devices(devices)
-    found = resolve_teacher(teacher, revision=revision, weights=False)
+    measures = select or allocate
+    found = resolve_teacher(teacher, revision=revision, weights=measures)
     own = {"student": student, "keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}
+    own |= {"ranking": None if select else ranking}
     chosen = prepare_recipe(recipe, found, **own, batch_tokens=batch_tokens)
+    if allocate:
+        check_allocation(chosen)
+        if needs_ranking(chosen.keep) and not chosen.ranking and not select:
+            raise RnnzooError(f"keep {chosen.keep} takes layers from a ranking; give --select or --ranking as well.")
+    measured: dict[str, Any] = {} if run is None else {"allocation": allocation_of_run(run)}
+    if measures:
+        with temporary_job(found, chosen, data, text_field, progress) as job:
+            if select:
+                measured["ranking"] = measured_ranking(job, ranking)
+                if needs_ranking(chosen.keep):
+                    chosen = job.recipe = dataclasses.replace(chosen, ranking=measured["ranking"]["order"])
+            if allocate:
+                measured["allocation"] = measured_allocation(job)
     config = found.config
     kept = kept_layers(chosen, config.num_hidden_layers)
+    decided = bool(chosen.ranking) or not needs_ranking(chosen.keep)
+    steps = keep_steps(chosen, config.num_hidden_layers) if decided else [chosen.keep]
     types = layer_types(found, chosen, kept)
     built = student_config(found, chosen, types)
     state = chosen.state_budget or state_bytes(built, torch.bfloat16)
@@ -67,8 +110,12 @@ def make_plan(
     stages = []
     for stage in chosen.stages:
         used = chosen.calibration_tokens if stage.kind == "calibrate" else int(chosen.tokens * stage.share)
+        if isinstance(stage, OwnData):
+            from .stages.examples import estimated_tokens
+
+            used = estimated_tokens(stage, chosen, chat_data)
         passes = 6 if stage.kind == "calibrate" else 8
-        flops += passes * found.parameters * used
+        flops += passes * found.parameters * (used or 0)
         stages.append({"stage": stage.name, "kind": stage.kind, "tokens": used, "trains": stage.trainable()})
     on_devices = {}
     if devices is not None:
@@ -85,8 +132,8 @@ def make_plan(
             },
             "parameters": found.parameters,
             "student_parameters": parameter_count(built),
-            "recipe": {"name": chosen.name, "student": chosen.student, "steps": keep_steps(chosen, len(types))},
-            "kept_attention": kept,
+            "recipe": {"name": chosen.name, "student": chosen.student, "steps": steps},
+            "kept_attention": kept if decided else None,
             "state_bytes": state,
             "kept_attention_bytes_per_1k_tokens": 1024 * kv_token * len(kept),
             "teacher_kv_bytes": {f"at_{n // 1024}k": n * kv_token * len(types) for n in (2048, 32768, 131072)},
@@ -98,6 +145,9 @@ def make_plan(
             "layers": [
                 {"layer": i, "mixer": kind, "state": "grows with the text" if kind in ATTENTION_TYPES else "constant"}
                 for i, kind in enumerate(types)
-            ],
+            ]
+            if decided
+            else [],
+            **measured,
         }
     )

@@ -1,4 +1,4 @@
-"""`rnnzoo plan TEACHER`: what a conversion would do and cost, without loading weights."""
+"""`rnnzoo plan TEACHER`: what a conversion would do and cost, in figures, tables and bars."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import click
 
 from .conversion_options import conversion_options
 from .output import Output, output_options
+from .progress import ProgressReport
 from .quantities import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+BARS = {"ranking layers": "swap_kl", "allocation layers": "bytes"}  # tables with a bar in each row, and of what
+BAR = 24  # characters of the longest
 
 
 @click.command("plan")
@@ -19,16 +23,34 @@ if TYPE_CHECKING:
 @click.option(
     "--devices", metavar="NxNAME", help="Memory, tokens/s and time on these, such as 8xH100, 1xA100 or 2xcpu."
 )
+@click.option(
+    "--select",
+    is_flag=True,
+    help="Rank the layers by what their conversion costs, for `--keep best`; into the file --ranking, or the cache.",
+)
+@click.option("--allocate", is_flag=True, help="Measure where the state budget goes, and draw it.")
+@click.option(
+    "--run",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Draw where the state went in the conversion in DIR, after its calibration.",
+)
+@click.option(
+    "--data", multiple=True, metavar="SOURCE", help="Text for --select and --allocate, as in `rnnzoo convert`."
+)
+@click.option("--text-field", default="text", show_default=True, help="Field of JSON lines, parquet and datasets.")
 @output_options
-def command(output: Output, **options: Any) -> None:
+def command(output: Output, data: tuple[str, ...], **options: Any) -> None:
     """Show what converting TEACHER would do: layer map, parameters, memory, state, tokens, time, licence.
 
-    TEACHER as in `rnnzoo convert`, or a folder with its config.json alone. No weights are loaded.
+    TEACHER as in `rnnzoo convert`, or a folder with its config.json alone. No weights are loaded but by --select and
+    --allocate, which take as long as a calibration.
     """
     from ..conversions.plan import make_plan
 
-    with output.only_result_on_stdout():
-        plan = make_plan(options.pop("teacher"), options.pop("recipe"), **options).to_dict()
+    with output.only_result_on_stdout(), ProgressReport(quiet=output.quiet) as progress:
+        teacher, recipe = options.pop("teacher"), options.pop("recipe")
+        plan = make_plan(teacher, recipe, data=list(data) or None, progress=progress, **options).to_dict()
     output.result(plan, lambda console: _show(plan, console))
 
 
@@ -50,8 +72,13 @@ def _show(plan: dict[str, Any], console: Console) -> None:
         table = Table(title=name, title_justify="left", box=None, pad_edge=False)
         for column in columns:
             table.add_column(column.replace("_", " "))
+        drawn = BARS.get(name)
+        if drawn:
+            table.add_column("")
+        longest = max((entry.get(drawn) or 0 for entry in entries), default=0) or 1
         for entry in entries:
-            table.add_row(*(Text(_words(column, entry.get(column))) for column in columns))
+            bar = ["█" * round(BAR * (entry.get(drawn) or 0) / longest)] if drawn else []
+            table.add_row(*(Text(_words(column, entry.get(column))) for column in columns), *map(Text, bar))
         console.print()
         console.print(table)
 
