@@ -48,7 +48,7 @@ import torch
 from ..zoo.core.registry import ATTENTION_TYPES
 from .devices import CPU, Device, parse_devices
 from .recipes import Recipe
-from .recipes.stages import Stage, TrainedStage
+from .recipes.stages import EndToEnd, Stage, TrainedStage
 from .teachers import TeacherRef
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def flops_per_token(sizes: Sizes, stage: Stage, seq_len: int, checkpointing: boo
 
 
 def _asks_teacher(stage: Stage) -> bool:
-    return bool(getattr(stage, "kl", 1.0)) or getattr(stage, "labels", "text") == "teacher"
+    return stage.asks_teacher() if isinstance(stage, EndToEnd) else True
 
 
 def memory_bytes(sizes: Sizes, trained: int, seq_len: int, count: int, layout: tuple[str, bool, bool, bool]) -> float:

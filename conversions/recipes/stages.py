@@ -11,6 +11,7 @@ __all__ = [
     "KINDS",
     "WINDOW_PARTS",
     "Align",
+    "Allocate",
     "Calibrate",
     "Distilled",
     "Dpo",
@@ -141,6 +142,24 @@ class Calibrate(Measuring):
 
 
 @dataclasses.dataclass
+class Allocate(Stage):
+    """The windows of a trained student measured again: tokens move to the heads where they now remove more error.
+
+    Weights and feature widths stay, and so does the state budget; reads the recipe's `calibration_tokens`.
+    """
+
+    kind: str = "allocate"
+
+    def check(self, recipe: Any) -> None:
+        super().check(recipe)
+        options = recipe.student_options
+        if recipe.student != "hedgehog" or options.get("feature_map") != "prototype" or recipe.state_budget is None:
+            raise RnnzooError(
+                "an allocate stage is for hedgehog layers with `feature_map: prototype` and a state_budget; leave it out."
+            )
+
+
+@dataclasses.dataclass
 class TrainedStage(Stage):
     """What stages with an optimiser have, which is AdamW.
 
@@ -249,6 +268,10 @@ class EndToEnd(TrainedStage):
     lora_targets: list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     epochs: int = 1
 
+    def asks_teacher(self) -> bool:
+        """Whether the loss needs the teacher's predictions."""
+        return False
+
     def trainable(self) -> str:
         return f"LoRA of rank {self.lora_rank}" if self.trains == "lora" else self.trains
 
@@ -290,7 +313,6 @@ class Distilled(EndToEnd):
         return super().choices() | {"labels": ("text", "teacher")}
 
     def asks_teacher(self) -> bool:
-        """Whether the loss needs the teacher's predictions."""
         return bool(self.kl or self.reverse_kl or (self.ce and self.labels == "teacher"))
 
     def check(self, recipe: Any) -> None:
@@ -408,4 +430,4 @@ class Dpo(OwnData):
             raise RnnzooError(f"beta is {self.beta:g} and batch {self.batch}; both must be positive.")
 
 
-KINDS: dict[str, type[Stage]] = {cls.kind: cls for cls in (Calibrate, Align, Train, Extend, Sft, Dpo)}
+KINDS: dict[str, type[Stage]] = {cls.kind: cls for cls in (Calibrate, Allocate, Align, Train, Extend, Sft, Dpo)}

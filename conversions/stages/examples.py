@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from ..job import Job
     from ..recipes.stages import OwnData
 
-__all__ = ["check_examples", "load_examples", "prepare_examples", "row_order", "sources_of"]
+__all__ = [
+    "check_examples",
+    "estimated_tokens",
+    "load_examples",
+    "prepare_examples",
+    "row_order",
+    "sources_of",
+]
 
 log = logging.getLogger(__name__)
 KINDS: dict[str, Kind] = {"sft": "chat", "dpo": "preference"}
@@ -184,3 +191,25 @@ def row_order(rows: int, epochs: int, per_step: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     order = [n for _ in range(epochs) for n in torch.randperm(rows, generator=generator).tolist()]
     return order[: max(1, len(order) // per_step) * per_step]
+
+
+def estimated_tokens(stage: OwnData, recipe: Any, given: list[str] | None) -> int | None:
+    """Tokens that a stage will train on, at 4 characters each; None where its data is not known or not here.
+
+    Raises:
+        RnnzooError: data that is given and unreadable.
+    """
+    if not recipe.tokens:
+        return 0
+    share = int(recipe.tokens * stage.share) or None
+    local = [source for source in ([stage.data] if stage.data else given or []) if Path(source).expanduser().exists()]
+    local = [source for source in local if stage.data or kind_of_source(source) == KINDS[stage.kind]]
+    if not local:
+        return share
+    characters = 0
+    for example in examples(local, KINDS[stage.kind]):
+        prompt = sum(len(turn["content"]) for turn in example.get("prompt", ())) * (len(_ANSWERS) - 1)
+        characters += prompt + sum(len(turn["content"]) for turns in example.values() for turn in turns)
+        if share is not None and characters >= 4 * share / stage.epochs:
+            return share
+    return characters // 4 * stage.epochs

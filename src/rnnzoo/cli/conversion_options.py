@@ -51,6 +51,12 @@ _OPTIONS = [
         help="Tokens in a training sequence. Default: the recipe's.",
     ),
     click.option("--batch-tokens", type=COUNT, metavar="N", help="Tokens of an optimiser step. Default: the recipe's."),
+    click.option(
+        "--chat-data",
+        multiple=True,
+        metavar="SOURCE",
+        help="Chats or preference pairs, for recipes with stages of kind sft or dpo; repeatable.",
+    ),
     click.option("--revision", help="Branch, tag or commit, where TEACHER is a Hub id."),
 ]
 

@@ -26,12 +26,6 @@ from .progress import ProgressReport
     metavar="SOURCE",
     help="Text, JSON lines, parquet, a folder, or a Hub dataset; repeatable. Default: an open corpus.",
 )
-@click.option(
-    "--chat-data",
-    multiple=True,
-    metavar="SOURCE",
-    help="Chats or preference pairs, for recipes with stages of kind sft or dpo; repeatable.",
-)
 @click.option("--text-field", default="text", show_default=True, help="Field of JSON lines, parquet and datasets.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(

@@ -11,6 +11,7 @@ import yaml
 
 from rnnzoo.conversions.convert import convert
 from rnnzoo.conversions.data.chats import chat_tokens, examples, kind_of_source
+from rnnzoo.conversions.plan import make_plan
 from rnnzoo.conversions.recipes.stages import Dpo, Sft
 from rnnzoo.conversions.stages.examples import load_examples, prepare_examples, row_order, sources_of
 from rnnzoo.kernels.errors import RnnzooError
@@ -323,3 +324,20 @@ def test_what_cannot_be_read_is_refused_before_anything_is_written(tmp_path, mon
             str(tiny_teacher("llama", tmp_path)), recipe(tmp_path, **changes), tmp_path / "out", chat_data=chat_data
         )
     assert not (tmp_path / "out").exists() and "\n" not in str(raised.value)
+
+
+def test_plan_counts_the_tokens_of_the_stages_own_data(tmp_path):
+    name = str(tiny_teacher("llama", tmp_path))
+    given = [chats(tmp_path / "c.jsonl"), pairs(tmp_path / "p.jsonl")]
+
+    def tokens(chat_data, **changes):
+        plan = make_plan(name, recipe(tmp_path, **changes), chat_data=chat_data).to_dict()
+        return {stage["stage"]: stage["tokens"] for stage in plan["stages"]}
+
+    texts = [example["messages"] for example in examples(given[:1], "chat")]
+    characters = sum(len(turn["content"]) for turns in texts for turn in turns)
+    found = tokens(given)
+    assert (found["distill"], found["longer"], found["chat"]) == (128, 128, characters // 4) and found["prefer"] > 0
+    assert tokens(None)["chat"] is None
+    shares = [STAGES[2] | {"share": 0.25, "data": given[0]}]
+    assert tokens(None, stages=shares) == {"chat": 64}
