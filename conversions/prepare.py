@@ -14,7 +14,7 @@ from .budget import check_budget
 from .processes import rows_per_step
 from .recipes import Recipe, check_recipe, keep_steps, kept_layers, load_recipe, parse_keep
 from .recipes.keep import check_ranking, needs_ranking
-from .recipes.stages import WINDOW_PARTS, Align, Calibrate, OwnData, Stage, TrainedStage
+from .recipes.stages import WINDOW_PARTS, Align, Allocate, Calibrate, OwnData, Stage, TrainedStage
 from .selection import load_ranking
 from .stage_inputs import check_end_to_end
 from .stages.calibrate import check_parts
@@ -99,6 +99,8 @@ def _with_student(recipe: Recipe, student: str) -> Recipe:
 
 def _without_windows(stage: Stage) -> Stage | None:
     """A calibrate stage less what divides a budget, as it is for a student of fixed size; None if nothing is left."""
+    if isinstance(stage, Allocate):
+        return None
     if not isinstance(stage, Calibrate):
         return stage
     parts = [part for part in stage.parts if part not in WINDOW_PARTS]

@@ -105,7 +105,8 @@ class Calibrate(Measuring):
     Attributes:
         parts: of PARTS, which run in that order; none: those that the student has (`chosen`). Windows and features are
             for hedgehog layers, see `stages/calibrate.py`, the others for all, see `stages/closed_form.py`.
-        ridge: how strongly the output is drawn to the weight that it replaces.
+        ridge: how strongly the output is drawn to the weight that it replaces; 0: chosen for each layer by its error on
+            text that it was not fitted to.
         correct: share of what the layers before left that a layer mends, from 0 to 1.
         weighting: of the tokens: "norm", by 1 / |h|^2 of the teacher's stream, as its norms see errors; "gradient", by
             the mean squared gradient of its loss; or "none".
@@ -113,7 +114,7 @@ class Calibrate(Measuring):
 
     kind: str = "calibrate"
     parts: list[str] = dataclasses.field(default_factory=list)
-    ridge: float = 0.03
+    ridge: float = 0.0
     correct: float = 0.5
     weighting: str = "norm"
 
@@ -135,8 +136,8 @@ class Calibrate(Measuring):
             raise RnnzooError(f"the part {wrong[0]} is for hedgehog layers; the student is {recipe.student}.")
         if "windows" in self.parts and recipe.state_budget is None:
             raise RnnzooError("the part windows divides a budget; give the recipe a state_budget.")
-        if self.ridge <= 0:
-            raise RnnzooError(f"ridge is {self.ridge:g}; it must be positive.")
+        if self.ridge < 0:
+            raise RnnzooError(f"ridge is {self.ridge:g}; it cannot be negative.")
         if not 0 <= self.correct <= 1:
             raise RnnzooError(f"correct is {self.correct:g}; it must lie between 0 and 1.")
 
@@ -155,7 +156,7 @@ class Allocate(Stage):
         options = recipe.student_options
         if recipe.student != "hedgehog" or options.get("feature_map") != "prototype" or recipe.state_budget is None:
             raise RnnzooError(
-                "an allocate stage is for hedgehog layers with `feature_map: prototype` and a state_budget; leave it out."
+                "an allocate stage is for hedgehog layers with `feature_map: prototype` and a state_budget."
             )
 
 

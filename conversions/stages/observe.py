@@ -21,7 +21,10 @@ ROWS = 384
 
 @dataclass
 class Observed:
-    """What one attention layer saw: q (T, H, d) and k, v (T, Hk, d) before rotation, gradient at the layer's output."""
+    """What one attention layer saw: q (T, H, d) and k, v (T, Hk, d) before rotation, gradient at the layer's output.
+
+    hidden: (T, D), of which it made them.
+    """
 
     q: Tensor
     k: Tensor
@@ -30,6 +33,7 @@ class Observed:
     turned_k: Tensor
     gradient: Tensor
     output_weight: Tensor
+    hidden: Tensor | None = None
 
 
 def observe(twin: RecurrentForCausalLM, ids: Tensor, with_gradient: bool, seed: int) -> list[Observed]:
@@ -43,7 +47,7 @@ def observe(twin: RecurrentForCausalLM, ids: Tensor, with_gradient: bool, seed: 
             turned_q, turned_k = (ctx.rotary.rotate(x, ctx.positions) for x in (q, k))
             gradient = output.grad[0].float() if output.grad is not None else torch.ones_like(output[0]).float()
             heads = [x[0].float() for x in (q, k, v, turned_q, turned_k)]
-            layers.append(Observed(*heads, gradient, block.mixer.proj.o_proj.weight.float()))
+            layers.append(Observed(*heads, gradient, block.mixer.proj.o_proj.weight.float(), hidden[0].float()))
     return layers
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..recipes.stages import Measuring
     from ..teachers import TeacherRef
 
-__all__ = ["allocated_config", "spend_budget", "with_state"]
+__all__ = ["allocated_config", "reallocated_config", "spend_budget", "with_state"]
 
 
 def with_state(job: Job, stage: Measuring, student: Any, data: PackedTokens, part: Part) -> tuple[Any, dict[str, Any]]:
@@ -120,6 +120,34 @@ def _record(config: RecurrentConfig, found: Allocation, attention: int | None, d
     if attention is not None:
         record |= {"attention": found.attention, "attention_bytes": found.attention_bytes}
     return record
+
+
+def reallocated_config(
+    teacher: TeacherRef, recipe: Recipe, config: RecurrentConfig, measured: Measured, dtype: torch.dtype
+) -> tuple[RecurrentConfig, dict[str, Any]]:
+    """The configuration of a student with other windows in as many bytes, and a record of it.
+
+    Args:
+        config: of the student; its feature widths stay. measured: errors of windows beside them.
+    """
+    types, widths, own = config.layer_types, feature_widths(config), config.window_sizes
+    converted = [i for i, kind in enumerate(types) if kind not in ATTENTION_TYPES]
+    fixed = {i: widths[i] for i in converted}
+    every = tuple(sorted(set(fixed.values())))
+    errors = measured.errors.expand(-1, -1, len(every), -1)
+    costs = state_costs(teacher, recipe, types, dtype, chooses_widths=True)
+    found = allocate(
+        Measured(errors, measured.windows, every), converted, state_bytes(config, dtype), costs, fixed_widths=fixed
+    )
+    before = sum(
+        float(measured.errors[i, head, 0, measured.windows.index(own[i][head])])
+        for i in converted
+        for head in range(errors.shape[1])
+    )
+    moved = sum(abs(a - b) for i in converted for a, b in zip(own[i], found.window_sizes[i], strict=True)) // 2
+    changed = student_config(teacher, recipe, types, window_sizes=found.window_sizes, feature_widths=widths)
+    record = _record(changed, found, None, dtype)
+    return changed, record | {"error_before": before, "tokens_moved": moved}
 
 
 def feature_widths(config: RecurrentConfig) -> list[int]:

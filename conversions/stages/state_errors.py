@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from ...zoo.core.modeling import RecurrentForCausalLM
     from ..data import PackedTokens
 
-__all__ = ["Measured", "measure_states"]
+__all__ = [
+    "WINDOWS",
+    "Measured",
+    "Progress",
+    "attention_scores",
+    "divided",
+    "linear_sums",
+    "measure_states",
+    "residual",
+    "with_ones",
+]
 
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
 LINEAR_WINDOWS = (4, 32, 128, 512)
@@ -93,7 +103,7 @@ def _interpolated(values: Tensor, at: Sequence[int], wanted: Sequence[int]) -> T
     return values[..., left] * (1 - share) + values[..., right] * share
 
 
-def _scores(layer: Observed, rows: Tensor, head: int) -> tuple[Tensor, Tensor]:
+def attention_scores(layer: Observed, rows: Tensor, head: int) -> tuple[Tensor, Tensor]:
     """Scores (groups, n, T) of one kv head's queries, -inf for keys to come, and distances (n, T)."""
     time, kv_heads, width = layer.k.shape
     groups = layer.q.shape[1] // kv_heads
@@ -103,15 +113,20 @@ def _scores(layer: Observed, rows: Tensor, head: int) -> tuple[Tensor, Tensor]:
     return scores.masked_fill(distance < 0, -torch.inf), distance
 
 
-def _residual_error(layer: Observed, head: int, difference: Tensor) -> Tensor:
-    """Weighted mean square of W_o times the difference (groups, n, d) of one kv head's outputs."""
-    groups, _, width = difference.shape
+def residual(layer: Observed, head: int, output: Tensor) -> Tensor:
+    """(n, D): W_o times the outputs (groups, n, d) of one kv head's queries."""
+    groups, _, width = output.shape
     o_weight = layer.output_weight.unflatten(1, (-1, width))[:, head * groups : (head + 1) * groups]
-    residual = torch.einsum("hnd,ohd->no", difference, o_weight)
-    return (residual**2).sum(-1).mean() * (layer.gradient**2).mean() * layer.gradient.shape[-1]
+    return torch.einsum("hnd,ohd->no", output, o_weight)
 
 
-def _values(layer: Observed, head: int) -> Tensor:
+def _residual_error(layer: Observed, head: int, difference: Tensor) -> Tensor:
+    """Weighted mean square of what a difference (groups, n, d) of one kv head's outputs leaves."""
+    weight = (layer.gradient**2).mean() * layer.gradient.shape[-1]
+    return (residual(layer, head, difference) ** 2).sum(-1).mean() * weight
+
+
+def with_ones(layer: Observed, head: int) -> Tensor:
     """(T, d + 1): values and a one, for the denominator."""
     return torch.cat([layer.v[:, head], torch.ones(len(layer.v), 1)], -1)
 
@@ -123,17 +138,18 @@ def _window_errors(layer: Observed, windows: Sequence[int], sinks: int, seed: in
     rows = sample_rows(time, seed)
     result = torch.zeros(kv_heads, len(windows))
     for head in range(kv_heads):
-        scores, distance = _scores(layer, rows, head)
+        scores, distance = attention_scores(layer, rows, head)
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        values = _values(layer, head)
-        full = _divided(weights @ values)
+        values = with_ones(layer, head)
+        full = divided(weights @ values)
         for i, window in enumerate(windows):
             seen = (distance < window) | (torch.arange(time)[None] < sinks)
-            result[head, i] = _residual_error(layer, head, _divided((weights * seen) @ values) - full)
+            result[head, i] = _residual_error(layer, head, divided((weights * seen) @ values) - full)
     return result
 
 
-def _divided(sums: Tensor) -> Tensor:
+def divided(sums: Tensor) -> Tensor:
+    """Numerators over denominators, the last column."""
     return sums[..., :-1] / sums[..., -1:]
 
 
@@ -187,22 +203,22 @@ def _linear_errors(layer: Observed, mixers: list[Any], sinks: int, seed: int) ->
     rows = rows[torch.linspace(0, len(rows) - 1, min(LINEAR_ROWS, len(rows))).long()]
     result = torch.zeros(kv_heads, len(widths), len(windows), 2)
     for head in range(kv_heads):
-        scores, distance = _scores(layer, rows, head)
+        scores, distance = attention_scores(layer, rows, head)
         largest = scores.amax(-1, keepdim=True)
-        weights, values = (scores - largest).exp(), _values(layer, head)
-        full = _divided(weights @ values)
+        weights, values = (scores - largest).exp(), with_ones(layer, head)
+        full = divided(weights @ values)
         for i, window in enumerate(windows):
             near = (distance < window) | (torch.arange(time)[None] < sinks)
             exact = (weights * near) @ values
-            result[head, :, i, 1] = _residual_error(layer, head, _divided(exact) - full)
+            result[head, :, i, 1] = _residual_error(layer, head, divided(exact) - full)
             delay = torch.where(near, -torch.inf, (distance - window).float())
             for j in range(len(widths)):
-                far = _linear_sums(mixers[j * len(windows) + i], layer, rows, head, delay, largest, values)
-                result[head, j, i, 0] = _residual_error(layer, head, _divided(exact + far) - full)
+                far = linear_sums(mixers[j * len(windows) + i], layer, rows, head, delay, largest, values)
+                result[head, j, i, 0] = _residual_error(layer, head, divided(exact + far) - full)
     return result
 
 
-def _linear_sums(
+def linear_sums(
     mixer: Any, layer: Observed, rows: Tensor, head: int, delay: Tensor, largest: Tensor, values: Tensor
 ) -> Tensor:
     """(groups, n, d + 1): what the linear state adds to numerator and denominator, both times exp(-largest).
@@ -216,6 +232,6 @@ def _linear_sums(
     q[0] = layer.q[rows]
     features_q = mixer._query_features(q)[0][:, queries].float()
     features_k = mixer._key_features_of(head, layer.k[:, head]).float()
-    decay = torch.where(delay == -torch.inf, 0.0, (mixer.log_decay[head] * delay).exp())
+    decay = torch.where(delay == -torch.inf, 0.0, (mixer.log_decay[head].clamp(max=0) * delay).exp())
     weights = torch.einsum("nhf,tf->hnt", features_q, features_k) * decay
     return (weights @ values) * (-largest).clamp(max=LARGEST).exp()
