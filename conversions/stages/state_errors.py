@@ -42,6 +42,7 @@ __all__ = [
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
 LINEAR_WINDOWS = (4, 32, 128, 512)
 LINEAR_ROWS = 128
+GATHERED = 128  # tokens of a band that are faster gathered than masked
 LARGEST = 60.0  # of a logit: exp of it stays far inside float32
 Progress = Callable[[int, int], None]
 
@@ -120,10 +121,13 @@ def residual(layer: Observed, head: int, output: Tensor) -> Tensor:
     return torch.einsum("hnd,ohd->no", output, o_weight)
 
 
-def _residual_error(layer: Observed, head: int, difference: Tensor) -> Tensor:
-    """Weighted mean square of what a difference (groups, n, d) of one kv head's outputs leaves."""
-    weight = (layer.gradient**2).mean() * layer.gradient.shape[-1]
-    return (residual(layer, head, difference) ** 2).sum(-1).mean() * weight
+def _residual_errors(layer: Observed, head: int, differences: Tensor) -> Tensor:
+    """(...,) weighted mean squares of what differences (..., groups, n, d) of one kv head's outputs leave."""
+    groups, rows, width = differences.shape[-3:]
+    o_weight = layer.output_weight.unflatten(1, (-1, width))[:, head * groups : (head + 1) * groups].flatten(1)
+    x = differences.transpose(-3, -2).flatten(-2)
+    squares = ((x @ (o_weight.T @ o_weight)) * x).sum((-2, -1)) / rows
+    return squares * (layer.gradient**2).mean() * layer.gradient.shape[-1]
 
 
 def with_ones(layer: Observed, head: int) -> Tensor:
@@ -139,13 +143,24 @@ def _window_errors(layer: Observed, windows: Sequence[int], sinks: int, seed: in
     result = torch.zeros(kv_heads, len(windows))
     for head in range(kv_heads):
         scores, distance = attention_scores(layer, rows, head)
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        values = with_ones(layer, head)
+        weights, values = (scores - scores.amax(-1, keepdim=True)).exp(), with_ones(layer, head)
         full = divided(weights @ values)
-        for i, window in enumerate(windows):
-            seen = (distance < window) | (torch.arange(time)[None] < sinks)
-            result[head, i] = _residual_error(layer, head, divided((weights * seen) @ values) - full)
+        cut, outputs = weights[..., :sinks] @ values[:sinks], []
+        weights[..., :sinks] = 0
+        for near, far in zip((0, *windows), windows, strict=False):
+            cut = cut + _band_sums(weights, values, rows, distance, near, far)
+            outputs.append(divided(cut) - full)
+        result[head] = _residual_errors(layer, head, torch.stack(outputs))
     return result
+
+
+def _band_sums(weights: Tensor, values: Tensor, rows: Tensor, distance: Tensor, near: int, far: int) -> Tensor:
+    """(groups, n, d + 1): what keys `near` to `far` - 1 tokens back add; weights (groups, n, T), values (T, d + 1)."""
+    if far - near > GATHERED:
+        return (weights * ((distance >= near) & (distance < far))) @ values
+    keys = rows[:, None] - torch.arange(near, far)[None]
+    picked = weights.gather(2, keys.clamp(min=0).expand(len(weights), -1, -1)) * (keys >= 0)
+    return torch.einsum("hnb,nbd->hnd", picked, values[keys.clamp(min=0)])
 
 
 def divided(sums: Tensor) -> Tensor:
@@ -210,11 +225,13 @@ def _linear_errors(layer: Observed, mixers: list[Any], sinks: int, seed: int) ->
         for i, window in enumerate(windows):
             near = (distance < window) | (torch.arange(time)[None] < sinks)
             exact = (weights * near) @ values
-            result[head, :, i, 1] = _residual_error(layer, head, divided(exact) - full)
             delay = torch.where(near, -torch.inf, (distance - window).float())
+            outputs = [exact]
             for j in range(len(widths)):
-                far = linear_sums(mixers[j * len(windows) + i], layer, rows, head, delay, largest, values)
-                result[head, j, i, 0] = _residual_error(layer, head, divided(exact + far) - full)
+                mixer = mixers[j * len(windows) + i]
+                outputs.append(exact + linear_sums(mixer, layer, rows, head, delay, largest, values))
+            errors = _residual_errors(layer, head, divided(torch.stack(outputs)) - full)
+            result[head, :, i, 0], result[head, :, i, 1] = errors[1:], errors[0]
     return result
 
 
