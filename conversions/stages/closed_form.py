@@ -7,7 +7,7 @@ decay     its heads start to forget at the pace at which the teacher's heads loo
 scale     o_h <- o_h <t_h, o_h> / <o_h, o_h> for the heads' outputs o_h and the teacher's t_h, in W_o's columns.
 output    W_o <- argmin_W  sum_t w_t |y_t W^T - target_t|^2 + lambda |W - W_o|^2, y_t what W_o is given, gates and norms
           included; target_t = attention(h)_t + correct (h_t - s_t), so that a layer mends in part what those before it
-          left; lambda is relative to the mean diagonal of sum_t w_t y_t^T y_t; w_t in `weight_of`.
+          left; lambda is relative to the mean diagonal of sum_t w_t y_t^T y_t, or chosen; w_t in `weight_of`.
 
 W is drawn to the weight that it replaces, not to zero: little text changes little, and the error cannot grow.
 Decay and scale after Taylor-Calibrate (2026); layer by layer on the student's own inputs, as GPTQ (Frantar et al. 2022)
@@ -31,7 +31,7 @@ from ...kernels.errors import RnnzooError
 from ...zoo.core.mixer import Context, Mixer
 from ...zoo.core.registry import ATTENTION_TYPES
 from .distances import Distances
-from .least_squares import Gram
+from .least_squares import Gram, chosen_ridge
 
 if TYPE_CHECKING:
     from ...zoo.core.modeling import RecurrentBlock, RecurrentForCausalLM
@@ -44,10 +44,14 @@ Report = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class ClosedForm:
-    """What to fit and how; the words are those of this module's docstring, ridge is lambda's share of the diagonal."""
+    """What to fit and how; the words are those of this module's docstring.
+
+    Attributes:
+        ridge: lambda over the mean of the diagonal; 0: chosen for each layer, see `least_squares.py`.
+    """
 
     parts: Sequence[str] = ("decay", "scale", "output")
-    ridge: float = 0.03
+    ridge: float = 0.0
     correct: float = 0.5
     weighting: str = "norm"
 
@@ -167,22 +171,30 @@ class Layer:
 
     def fit(self, streams: list[Stream]) -> tuple[float, float]:
         """Scale and output; the layer's weighted relative errors before and after."""
-        gram, dots = self.sums(streams)
+        halves, dots = self.sums(streams)
+        gram = halves[0] + halves[1]
+        if not gram.finite():
+            return math.nan, math.nan
         weight = before = with_bias(self.output)
         if dots is not None and "scale" in self.how.parts:
             factors = dots[0] / dots[1].clamp(min=torch.finfo(torch.float64).tiny)
             columns = factors.repeat_interleave(self.output.in_features // len(factors))
             weight = gram.scaled(weight, nn.functional.pad(columns, (0, weight.shape[1] - len(columns)), value=1.0))
         if "output" in self.how.parts:
-            weight = gram.refit(weight, self.how.ridge)
+            ridge = self.how.ridge or chosen_ridge(halves, weight)
+            weight = gram.refit(weight, ridge) if math.isfinite(ridge) else weight
         set_with_bias(self.output, weight)
-        return (gram.error(before), gram.error(weight)) if gram.finite() else (math.nan, math.nan)
+        return gram.error(before), gram.error(weight)
 
-    def sums(self, streams: list[Stream]) -> tuple[Gram, Tensor | None]:
-        """Over the inputs of our W_o, and <t_h, o_h> and <o_h, o_h> (2, H) where our heads are as wide as theirs."""
-        gram = Gram(with_bias(self.output).shape[1], self.output.out_features, self.output.weight.device)
+    def sums(self, streams: list[Stream]) -> tuple[tuple[Gram, Gram], Tensor | None]:
+        """Over the inputs of our W_o, and <t_h, o_h> and <o_h, o_h> (2, H) where our heads are as wide as theirs.
+
+        The two halves are every other row, or the two ends of the only one.
+        """
+        size = with_bias(self.output).shape[1], self.output.out_features, self.output.weight.device
+        halves = Gram(*size), Gram(*size)
         heads = self.theirs.mixer.proj.num_heads
-        dots = torch.zeros(2, heads, dtype=torch.float64, device=gram.g.device) if self.fits_heads else None
+        dots = torch.zeros(2, heads, dtype=torch.float64, device=size[2]) if self.fits_heads else None
         for i, stream in enumerate(streams):
             with caught(self.output) as seen:
                 mixed = stream.mixed(self.ours)
@@ -195,8 +207,9 @@ class Layer:
                 dots += torch.stack([(x * said * share).sum((0, 2)) for x in (taught, said)])
             if self.output.bias is not None:
                 y = nn.functional.pad(y, (0, 1), value=1.0)
-            gram.add(y, wanted, weight)
-        return gram, dots
+            for half, part in enumerate(torch.arange(len(y), device=y.device).chunk(2 if len(streams) == 1 else 1)):
+                halves[(i + half) % 2].add(y[part], wanted[part], None if weight is None else weight[part])
+        return halves, dots
 
 
 def output_projection(mixer: Mixer) -> nn.Linear | None:

@@ -5,14 +5,22 @@
 
 y_t (I,) inputs, z_t (O,) wanted outputs, w_t >= 0, W_0 the weight so far. The sums are kept in float64, and take
 I (I + O) numbers however many tokens there are.
+
+How strong lambda has to be depends on how much text there is and how much of z_t the y_t can tell, so it is chosen by
+the error of what half of the text asks for on the other half (`chosen_ridge`); where nothing helps, W stays W_0.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["Gram"]
+__all__ = ["RIDGES", "Gram", "chosen_ridge"]
+
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 
 
 class Gram:
@@ -36,11 +44,27 @@ class Gram:
     def finite(self) -> bool:
         return bool(self.g.isfinite().all() and self.c.isfinite().all() and self.total.isfinite())
 
-    def error(self, weight: Tensor) -> float:
-        """sum_t w_t |y_t W^T - z_t|^2 over the sum of w_t |z_t|^2, for a weight (O, I)."""
+    def __add__(self, other: Gram) -> Gram:
+        both = Gram(*self.c.shape, self.g.device)
+        both.g, both.c, both.total = self.g + other.g, self.c + other.c, self.total + other.total
+        return both
+
+    def left(self, weight: Tensor) -> float:
+        """sum_t w_t |y_t W^T - z_t|^2 for a weight (O, I)."""
         w = weight.double()
-        left = self.total + ((w @ self.g - 2 * self.c.T) * w).sum()
-        return float(left.clamp(min=0) / self.total.clamp(min=torch.finfo(torch.float64).tiny))
+        return float((self.total + ((w @ self.g - 2 * self.c.T) * w).sum()).clamp(min=0))
+
+    def error(self, weight: Tensor) -> float:
+        """`left` over the sum of w_t |z_t|^2."""
+        return self.left(weight) / max(float(self.total), torch.finfo(torch.float64).tiny)
+
+    def path(self, weight: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
+        """`refit` for one ridge after the other, at the price of one decomposition."""
+        w, mean = weight.double(), float(self.g.diagonal().mean())
+        values, vectors = torch.linalg.eigh(self.g)
+        gradient = vectors.T @ (self.c - self.g @ w.T)
+        for ridge in ridges:
+            yield w if mean <= 0 else w + (vectors @ (gradient / (values.clamp(min=0) + ridge * mean)[:, None])).T
 
     def refit(self, weight: Tensor, ridge: float) -> Tensor:
         """The minimum (O, I), float64, drawn to `weight` by lambda = ridge times the mean of G's diagonal."""
@@ -55,3 +79,12 @@ class Gram:
         """`weight` (O, I) with its columns times factors (I,), where that lowers the error; else `weight`."""
         scaled = weight.double() * factors.double()
         return scaled if self.error(scaled) < self.error(weight) else weight.double()
+
+
+def chosen_ridge(halves: tuple[Gram, Gram], weight: Tensor, ridges: Sequence[float] = RIDGES) -> float:
+    """Of `ridges` the one with the least error on the half that was not fitted; infinite where `weight` itself has."""
+    one, two = halves
+    left = [two.left(a) + one.left(b) for a, b in zip(one.path(weight, ridges), two.path(weight, ridges), strict=True)]
+    best = min(range(len(left)), key=left.__getitem__)
+    gain = one.left(weight) + two.left(weight) - left[best]
+    return ridges[best] if gain > 1e-9 * float(one.total + two.total) else math.inf  # more than rounding

@@ -200,7 +200,7 @@ def test_the_refitted_student_is_nearer_to_the_teacher(llama, name):
         return float((p.exp() * (p - q)).sum(-1).mean())
 
     before = divergence()
-    fit_layers(student, twin, data, ClosedForm(("decay", "scale", "output")))
+    fit_layers(student, twin, data, ClosedForm(("decay", "scale", "output"), 0.03))
     assert divergence() < 0.9 * before
 
 
@@ -225,7 +225,7 @@ def test_token_weights_are_the_mean_squared_gradients_of_the_layers(llama):
 
 def test_weights_of_tokens_enter_the_fit(llama):
     """Tokens of weight zero might as well not be there; here they are the second row."""
-    data, how = some_rows(2), ClosedForm(("output",), weighting="gradient", correct=0.0)
+    data, how = some_rows(2), ClosedForm(("output",), 0.03, weighting="gradient", correct=0.0)
     (one, twin), (two, _) = models(llama, "gla"), models(llama, "gla")
     weights = torch.ones(3, 2, 48)
     weights[:, 1] = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rnnzoo.conversions.stages.least_squares import Gram
+from rnnzoo.conversions.stages.least_squares import RIDGES, Gram, chosen_ridge
 
 
 def problem(seed: int = 0, rows: int = 60, inputs: int = 12, outputs: int = 5):
@@ -72,3 +72,36 @@ def test_sums_of_bfloat16_rows_and_of_dead_outputs():
     torch.testing.assert_close(rough.refit(old, 0.03), streamed(y, z, None).refit(old, 0.03), rtol=0.05, atol=0.05)
     assert torch.equal(streamed(y * 0, z, None).refit(old, 0.03), old)
     assert not streamed(y / 0, z, None).finite()
+
+
+def test_the_path_is_a_refit_for_each_ridge():
+    y, z, old, weights = problem(5)
+    gram = streamed(y, z, weights)
+    for ridge, found in zip(RIDGES, gram.path(old, RIDGES), strict=True):
+        torch.testing.assert_close(found, gram.refit(old, ridge), rtol=1e-8, atol=1e-10)
+    both = streamed(y[:20], z[:20], weights[:20]) + streamed(y[20:], z[20:], weights[20:])
+    torch.testing.assert_close(both.refit(old, 0.1), gram.refit(old, 0.1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_ridge_is_weak_for_what_holds_on_other_text_and_without_end_for_noise(seed):
+    y, noise, old, _ = problem(seed, 200)
+    halves = lambda z: (streamed(y[:100], z[:100], None), streamed(y[100:], z[100:], None))  # noqa: E731
+    better = old + 0.3
+    assert chosen_ridge(halves(y @ better.T), old) == RIDGES[0]
+    assert chosen_ridge(halves(y @ old.T), old) == float("inf")
+    noisy = chosen_ridge(halves(y @ old.T + 30 * noise), old)
+    assert noisy >= 10.0
+    middle = chosen_ridge(halves(y @ better.T + 3 * noise), old)
+    assert RIDGES[0] < middle <= noisy
+
+
+def test_the_chosen_ridge_has_the_least_error_on_the_other_half():
+    y, noise, old, _ = problem(7, 80)
+    z = y @ (old + 0.2).T + noise
+    one, two = streamed(y[:40], z[:40], None), streamed(y[40:], z[40:], None)
+    errors = {}
+    for ridge in RIDGES:
+        a, b = one.refit(old, ridge), two.refit(old, ridge)
+        errors[ridge] = float((y[40:] @ a.T - z[40:]).square().sum() + (y[:40] @ b.T - z[:40]).square().sum())
+    assert chosen_ridge((one, two), old) == min(errors, key=errors.__getitem__)
