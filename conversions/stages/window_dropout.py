@@ -58,7 +58,7 @@ def kept_share(probability: float, seed: int, step: int, ids: Tensor) -> float:
 
 @contextlib.contextmanager
 def reduced_windows(student: nn.Module, share: float) -> Iterator[None]:
-    """Within the block, layers with a window and a linear state see `share` of the window, at least the token itself."""
+    """Within the block, layers with a window and a linear state see `share` of the window, but always the token."""
     with contextlib.ExitStack() as stack:
         for mixer in student.modules() if share < 1 else ():
             if not isinstance(mixer, Mixer) or not drops_windows(mixer):
