@@ -42,6 +42,7 @@ def _model(folder: Path) -> dict[str, Any]:
         "model_type": kind or None,
         "layer_types": config.get("layer_types"),
         "windows": config.get("window_sizes"),
+        "feature_widths": config.get("feature_widths"),
         "window_bits": config.get("ring_bits"),
         "chat_template": _chats(folder),
     }

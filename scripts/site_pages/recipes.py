@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from rnnzoo.conversions.recipes import FOLDER, Recipe, list_recipes, load_recipe
-from rnnzoo.conversions.recipes.stages import Align, Distilled, Dpo, EndToEnd, Extend, Sft, Stage, TrainedStage
+from rnnzoo.conversions.recipes.stages import Align, Allocate, Distilled, Dpo, EndToEnd, Extend, Sft, Stage, TrainedStage
 
 from .text import escape, table
 
 __all__ = ["sections", "stage_words"]
 
 CALIBRATE = "closed form, no training: {text} tokens are read once"
+ALLOCATE = "windows move to where they remove the most error in the trained student; {text} tokens are read once"
 ALIGN = "each converted layer learns {what} of its teacher layer, from {inputs}{order}; {loss}; trains {who}"
 EXTEND = "rows of {length:,} tokens, read {chunk:,} at a time with the state passed on"
 
@@ -78,7 +79,7 @@ def _options(recipe: Recipe) -> str:
 
 
 def _cost(recipe: Recipe, stage: Stage) -> tuple[str, str]:
-    if stage.kind == "calibrate":
+    if stage.kind in ("calibrate", "allocate"):
         return "-", f"{recipe.calibration_tokens:,} read"
     return f"{stage.share:.0%}", f"{round(stage.share * recipe.tokens):,}"
 
@@ -89,6 +90,8 @@ def stage_words(recipe: Recipe, stage: Stage) -> str:
         words = [_align_words(stage), *_rate_words(stage)]
     elif isinstance(stage, EndToEnd):
         words = [_who(stage), *_end_to_end_words(stage), *_rate_words(stage)]
+    elif isinstance(stage, Allocate):
+        words = [ALLOCATE.format(text=f"{recipe.calibration_tokens:,}")]
     else:
         words = [CALIBRATE.format(text=f"{recipe.calibration_tokens:,}")]
     return "; ".join(word for word in [*words, STEPS[stage.steps]] if word)

@@ -52,7 +52,7 @@ def test_every_family_and_recipe_can_be_planned(teachers, family, recipe):
 def test_a_recipe_takes_another_student(teachers, student):
     said = plan(teachers["llama"], "rnnzoo", student=student)
     assert {layer["mixer"] for layer in said["layers"]} == {student}
-    assert [stage["stage"] for stage in said["stages"]] == ["align", "distill"]
+    assert [stage["stage"] for stage in said["stages"]] == ["calibrate", "align", "distill"]
     assert plan(teachers["llama"], "supra", student="supra") == plan(teachers["llama"], "supra")
 
 
@@ -81,7 +81,7 @@ def test_more_tokens_take_more_time(teachers):
 
 
 def test_progressive_steps_are_told(teachers):
-    assert plan(teachers["llama"], "mamba-in-llama", keep="none")["recipe"]["steps"] == ["1/2", "1/4", "none"]
+    assert plan(teachers["llama"], "mamba-in-llama", keep="none")["recipe"]["steps"] == ["1,2,3", "1/2", "1/4", "none"]
 
 
 @pytest.mark.parametrize(
