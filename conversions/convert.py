@@ -45,6 +45,7 @@ def convert(
     evaluate: bool = True,
     revision: str | None = None,
     offload: bool = False,
+    activation_checkpointing: bool = False,
     energy: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -64,6 +65,8 @@ def convert(
         evaluate: measure the result on text held out from the data, beside the teacher, and the way there.
         offload: keep teacher and student on disk, with one layer in memory at a time: for stages that work layer by
             layer, see `offload.py`. The result is not measured, because that takes the whole model.
+        activation_checkpointing: in stages that train, keep of a block's activations its input alone and make the
+            others again for the gradient: less memory, a third more work, the same result.
         energy: ISO code of the country, such as "DEU": measure energy and CO2 of the stages with CodeCarbon.
         progress: called as progress(stage, done tokens, all tokens, info).
     Returns:
@@ -119,6 +122,7 @@ def convert(
         silent: Progress = lambda *_: None  # noqa: E731
         said = (main and progress) or silent
         job = Job(run, found, chosen, data, text_field, seed, getattr(torch, dtype), said)
+        job.checkpointing = activation_checkpointing
         job.ladder, job.offload = evaluate and not offload, offload
         job.chat_data = chat_data
         try:

@@ -64,6 +64,7 @@ class Job:
         self.run, self.teacher, self.recipe, self.seed, self.dtype = run, teacher, recipe, seed, dtype
         self.data, self.text_field, self.progress = data, text_field, progress
         self.ladder = False  # measure the student after each stage
+        self.checkpointing = False  # of activations, in stages that train
         self.offload = False  # one layer in memory at a time, see `offload.py`
         self.chat_data: list[str] | None = None  # for stages that have data of their own
         self.processes = Processes()
@@ -182,7 +183,7 @@ class Job:
                         continue
                     work = functools.partial(run_stage, self, stage, student, part)
                     if isinstance(stage, TrainedStage):  # by all processes together
-                        trained = work()
+                        trained = self._whole(work())
                         work = lambda trained=trained: trained  # noqa: E731
                     student = self._by_main(part.name, work)
         self.processes.only(lambda: self._publish(student))
@@ -193,6 +194,16 @@ class Job:
         if needs_ranking(self.recipe.keep) and not self.recipe.ranking and path.exists():
             order = load_ranking(path, self.teacher, self.recipe.student)
             self.recipe = dataclasses.replace(self.recipe, ranking=order)
+
+    def _whole(self, trained: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+        """A student that was spread over the processes gathered again; the teacher, spread likewise, is let go of."""
+        if self.processes.count > 1:
+            from .sharding import is_sharded, whole_model
+
+            if is_sharded(self.__dict__.get("twin") or trained[0]):
+                self.__dict__.pop("twin", None)
+            return whole_model(trained[0]), trained[1]
+        return trained
 
     def _by_main(self, name: str, work: Callable[[], tuple[Any, dict[str, Any]]]) -> Any:
         """The student after a stage: the main process does and records it, the others read what it has saved."""
@@ -309,6 +320,7 @@ class Job:
             bf16=self.dtype == torch.bfloat16,
             seed=self.seed,
             progress=lambda done, total, info: self.progress(part.name, done, total, info),
+            checkpointing=self.checkpointing,
         )
 
     # Results -------------------------------------------------------------------------------------------------------
@@ -325,6 +337,7 @@ class Job:
     def evaluate(self) -> dict[str, Any]:
         from .data import PackedTokens, TextHashes, refuse_overlap
         from .evaluation import Dataset, evaluate
+        from .evaluation.limits import LIMITS
 
         texts = self.evaluation_texts
         hashes = TextHashes.of(texts, "evaluation")
@@ -338,11 +351,13 @@ class Job:
         }
         results["conversion"]["data"]["evaluation"] = record
         write_json(self.run.out / "results.json", results)
+        # Beyond the positions that it was trained on, the teacher is no measure of anything.
+        window = min(LIMITS["quick"].windows[0], self.teacher.config.max_position_embeddings)
         return evaluate(
             self.run.out,
             teacher=self.teacher,
             datasets=[Dataset.of_texts("held-out text", texts)],
-            limits="quick",
+            limits=dataclasses.replace(LIMITS["quick"], windows=(window,)),
             dtype=self.dtype,
             progress=self.progress,
         )

@@ -39,7 +39,9 @@ def run(job: Job, stage: Dpo, student: Any, part: Part) -> tuple[Any, dict[str, 
         trainer = own_trainer(DPOTrainer)(
             model=student,
             args=DPOConfig(
-                **stage_arguments(stage, job.run.folder / part.name, steps, per_step, bf16, job.seed),
+                **stage_arguments(
+                    stage, job.run.folder / part.name, steps, per_step, bf16, job.seed, job.checkpointing
+                ),
                 beta=stage.beta,
                 precompute_ref_log_probs=True,
                 max_length=None,

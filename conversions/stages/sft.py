@@ -40,7 +40,9 @@ def run(job: Job, stage: Sft, student: Any, part: Part) -> tuple[Any, dict[str, 
         trainer = own_trainer(SFTTrainer)(
             model=student,
             args=SFTConfig(
-                **stage_arguments(stage, job.run.folder / part.name, steps, per_step, bf16, job.seed),
+                **stage_arguments(
+                    stage, job.run.folder / part.name, steps, per_step, bf16, job.seed, job.checkpointing
+                ),
                 padding_free=True,
                 max_length=None,
                 dataset_kwargs={"skip_prepare_dataset": True},

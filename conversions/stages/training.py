@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ...zoo.core.registry import ATTENTION_TYPES
 from ..files import replace_text
 from ..processes import Processes, rows_per_step
+from ..sharding import is_sharded, shard_frozen, units
 from .schedules import rate_factor
 from .window_dropout import kept_share, reduced_windows
 
@@ -104,7 +105,9 @@ class StageTrainer(StageRules, Trainer):
     def __init__(self, *args: Any, stage: TrainedStage, twin: RecurrentForCausalLM | None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.stage = stage
-        self.twin: Any = None if twin is None else twin.to(self.args.device)
+        if twin is not None and self.is_fsdp_enabled:
+            twin = shard_frozen(twin, self.accelerator.state.fsdp_plugin, self.args.device)
+        self.twin: Any = twin if twin is None or self.is_fsdp_enabled else twin.to(self.args.device)
         self.model_accepts_loss_kwargs = False
         self.windows = contextlib.ExitStack()  # open from loss to loss: checkpointed layers run again in between
 
@@ -144,7 +147,8 @@ class StageTrainer(StageRules, Trainer):
                 seq_ids = None  # rows of one document each need no masks
             others = (value for name, value in inputs.items() if name not in ("input_ids", "seq_ids"))
             rows = (inputs["input_ids"], seq_ids, *others)
-            loss = self.loss(model, *rows) if model is self.model else model(rows=rows)
+            direct = model is self.model and not self.is_fsdp_enabled
+            loss = self.loss(model, *rows) if direct else model(rows=rows)
         return (loss, None) if return_outputs else loss
 
 
@@ -162,6 +166,13 @@ def part_of(name: str, layer_types: list[str]) -> str:
     if layer_types[int(layer[1])] in ATTENTION_TYPES:
         return "attention"
     return "new" if is_new(name) and ".lora_" not in name else "mixers"
+
+
+class Together(TrainerCallback):
+    """Lets no process go on from a checkpoint, or mark it as whole, before all have written their part."""
+
+    def on_save(self, args, state, control, **kwargs):
+        Processes().wait()
 
 
 class Report(TrainerCallback):
@@ -204,12 +215,14 @@ def train_stage(
     bf16: bool,
     seed: int,
     progress: Callable[[int, int, dict[str, Any]], None],
+    checkpointing: bool = False,
 ) -> dict[str, Any]:
     """Trains the student in place; goes on from the newest whole checkpoint in `folder`.
 
     Args:
         twin: the teacher, on any device; None: the loss asks none.
         trains: whether the parameter of this name is trained.
+        checkpointing: keep of the blocks' activations their inputs alone, and make the others again for the gradient.
         data: rows, each a dictionary of input_ids, seq_ids and whatever else the loss takes, in its order.
     Returns:
         tokens, seconds, loss_first, loss_last of the stage; of several processes the main one has them.
@@ -221,18 +234,19 @@ def train_stage(
         parameter.requires_grad_(trains(name))
     per_step = rows_per_step(batch_tokens, data.seq_len, len(data), processes.count)
     steps = max(1, len(data) // per_step)
-    arguments = TrainingArguments(**stage_arguments(stage, folder, steps, per_step, bf16, seed))
+    arguments = TrainingArguments(**stage_arguments(stage, folder, steps, per_step, bf16, seed, checkpointing))
+    student._no_split_modules = units(student)
     arguments.ddp_find_unused_parameters = leaves_unused(student)
     trainer = trainer_class(model=student, args=arguments, train_dataset=data, stage=stage, twin=twin)
     with trainer.loss_as_forward():
         report = run_trainer(trainer, folder, per_step * data.seq_len, progress)
-    if twin is not None:
+    if twin is not None and not is_sharded(twin):
         twin.cpu()
     return report
 
 
 def stage_arguments(
-    stage: TrainedStage, folder: Path, steps: int, per_step: int, bf16: bool, seed: int
+    stage: TrainedStage, folder: Path, steps: int, per_step: int, bf16: bool, seed: int, checkpointing: bool = False
 ) -> dict[str, Any]:
     """Settings of a Trainer that takes `steps` optimiser steps of `per_step` rows, of all processes together."""
     return dict(
@@ -250,6 +264,8 @@ def stage_arguments(
         save_total_limit=2,
         seed=seed,
         data_seed=seed,
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         report_to=[],
@@ -264,6 +280,7 @@ def run_trainer(
     processes, student = Processes(), trainer.model
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = processes.first(lambda: newest_checkpoint(folder))
+    trainer.add_callback(Together())
     if processes.main:
         cut_metrics(folder, checkpoint)
         trainer.add_callback(Report(folder, tokens_per_step, progress))
@@ -273,7 +290,9 @@ def run_trainer(
     student.config.use_cache = False
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     student.config.use_cache = True
-    student.eval().cpu()
+    student.eval()
+    if not is_sharded(student):
+        student.cpu()
     if not processes.main:
         return {}
     lines = read_metrics(folder)
