@@ -109,12 +109,13 @@ def make_plan(
     flops = 0.0
     stages = []
     for stage in chosen.stages:
-        used = chosen.calibration_tokens if stage.kind in ("calibrate", "allocate") else int(chosen.tokens * stage.share)
+        reads = stage.kind in ("calibrate", "allocate")
+        used = chosen.calibration_tokens if reads else int(chosen.tokens * stage.share)
         if isinstance(stage, OwnData):
             from .stages.examples import estimated_tokens
 
             used = estimated_tokens(stage, chosen, chat_data)
-        passes = 6 if stage.kind in ("calibrate", "allocate") else 8
+        passes = 6 if reads else 8
         flops += passes * found.parameters * (used or 0)
         stages.append({"stage": stage.name, "kind": stage.kind, "tokens": used, "trains": stage.trainable()})
     on_devices = {}

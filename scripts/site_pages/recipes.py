@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from rnnzoo.conversions.recipes import FOLDER, Recipe, list_recipes, load_recipe
-from rnnzoo.conversions.recipes.stages import Align, Allocate, Distilled, Dpo, EndToEnd, Extend, Sft, Stage, TrainedStage
+from rnnzoo.conversions.recipes.stages import (
+    Align,
+    Allocate,
+    Distilled,
+    Dpo,
+    EndToEnd,
+    Extend,
+    Sft,
+    Stage,
+    TrainedStage,
+)
 
 from .text import escape, table
 
