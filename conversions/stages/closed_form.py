@@ -164,9 +164,11 @@ class Layer:
     def weight_of(self, row: int, said: Tensor) -> Tensor | None:
         """Of the tokens of a row in the least squares, (T,); said (T, D) is the student's stream behind the layer."""
         if self.how.weighting == "norm":
-            # Where the student is far off, its own error is the measure: such tokens would else outweigh all others.
+            # Relative errors, and robust ones (Cauchy's): the squares of few tokens that are far off would else outweigh
+            # all others.
             h = self.streams[row].float()
-            return 1 / (h.square() + (said.float() - h).square()).mean(-1)
+            size, off = h.square().mean(-1).clamp(min=1e-12), (said.float() - h).square().mean(-1)
+            return 1 / ((off / size).median().clamp(min=1e-6) * size + off)
         return None if self.gradients is None else self.gradients[row]
 
     def fit(self, streams: list[Stream]) -> tuple[float, float]:

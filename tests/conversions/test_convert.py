@@ -320,4 +320,4 @@ def test_another_student_needs_nothing_but_its_name(teachers, data, tmp_path, st
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert model.config.layer_types == [student, "full_attention"] * (model.config.num_hidden_layers // 2)
     ids = torch.arange(3, 20)[None]
-    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 21)
+    assert model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (1, 21)

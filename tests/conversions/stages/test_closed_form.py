@@ -109,8 +109,9 @@ def test_every_layer_is_the_dense_solution_on_the_students_own_inputs(teacher, n
             right = stream + rows(theirs, layer, "output")
             # What the layer said before its refit, of the inputs that it has now.
             linear_before = y @ old[layer].T + (0 if old_bias[layer] is None else old_bias[layer])
-            off = rows(ours, layer, "stream") + linear_before - right
-            weights = 1 / (right.square() + off.square()).mean(-1)
+            off = (rows(ours, layer, "stream") + linear_before - right).square().mean(-1).view(2, -1)
+            size = right.square().mean(-1).view(2, -1)
+            weights = 1 / ((off / size).median(1, keepdim=True).values * size + off).flatten()
         before, bias = old[layer], old_bias[layer]
         if bias is not None:
             y, before = torch.nn.functional.pad(y, (0, 1), value=1.0), torch.cat([before, bias[:, None]], 1)
