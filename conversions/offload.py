@@ -37,6 +37,7 @@ from .memory import return_freed_memory
 from .prepare import keep_steps
 from .processes import rows_per_step
 from .recipes import Recipe, parse_keep
+from .recipes.keep import needs_ranking
 from .recipes.stages import Align, Calibrate, Stage
 from .run import FINISHED, write_json
 from .student import layer_types, student_config
@@ -60,6 +61,8 @@ def check_offload(recipe: Recipe, data: list[str] | None, processes: int) -> Non
         raise RnnzooError("--offload works in one process; leave torchrun out, or --offload.")
     if data is None:
         raise RnnzooError("--offload needs --data: the default text is in part sampled from the whole teacher.")
+    if needs_ranking(recipe.keep) and not recipe.ranking:
+        raise RnnzooError(f"keep {recipe.keep} ranks the layers with the whole model; with --offload give --ranking.")
     if recipe.progressive:
         raise RnnzooError(f"The recipe {recipe.name} converts step by step, which --offload cannot; leave one of them.")
     if mixer_class(recipe.student).shared is not mixer_class("full_attention").shared:

@@ -158,6 +158,7 @@ def test_layers_from_disk_are_those_of_the_model_and_are_let_go(tmp_path, family
         ("supra", {}, "the stage uptrain of the recipe supra needs the whole model; use a recipe such as layerwise"),
         ("layerwise", {"student": "hgrn2"}, "Layers of hgrn2 share parameters"),
         ("layerwise", {"data": None}, "--offload needs --data"),
+        ("layerwise", {"keep": "best 1"}, "ranks the layers with the whole model; with --offload give --ranking"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused_before_anything_is_written(data, tmp_path, recipe, changes, words):
