@@ -164,8 +164,7 @@ class Layer:
     def weight_of(self, row: int, said: Tensor) -> Tensor | None:
         """Of the tokens of a row in the least squares, (T,); said (T, D) is the student's stream behind the layer."""
         if self.how.weighting == "norm":
-            # Relative errors, and robust ones (Cauchy's): the squares of few tokens that are far off would else outweigh
-            # all others.
+            # Relative and robust (Cauchy's): squares of the few tokens that are far off would else hide all others.
             h = self.streams[row].float()
             size, off = h.square().mean(-1).clamp(min=1e-12), (said.float() - h).square().mean(-1)
             return 1 / ((off / size).median().clamp(min=1e-6) * size + off)
