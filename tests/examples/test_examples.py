@@ -14,7 +14,8 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[2] / "examples"
-SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.stem != "shared")
+SHARED = ("shared", "tiny_teacher")
+SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
@@ -32,8 +33,8 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 def test_examples_are_short():
-    assert len(SCRIPTS) == 5 and NOTEBOOKS
-    for path in (*SCRIPTS, FOLDER / "shared.py"):
+    assert len(SCRIPTS) == 9 and NOTEBOOKS
+    for path in (*SCRIPTS, *(FOLDER / f"{name}.py" for name in SHARED)):
         assert path.read_text().count("\n") < 60, path.name
 
 
@@ -75,6 +76,37 @@ def test_a_loop_with_accelerate_learns(run):
     names, said = run("accelerate_loop")
     assert len(names["losses"]) == 120 and names["losses"][-1] < 0.2 * names["losses"][0]
     assert "1 processes" in said
+
+
+def test_a_base_model_becomes_recurrent_within_its_bytes(run):
+    names, _ = run("convert_base_model", "--steps", "8")
+    assert names["results"]["model"]["state_bytes"] <= 16_000
+    assert [row["column"] for row in names["results"]["evaluation"]["perplexity"]] == ["student", "teacher", "window"]
+    assert 0.99 * names["whole"]["value"] < names["student"]["value"] < 1.2 * names["whole"]["value"]
+    branches = {row["branch"] for row in names["results"]["evaluation"]["ablations"]}
+    assert branches == {"whole", "window", "linear"}
+
+
+def test_a_chat_model_is_distilled_and_tuned_in_one_recipe(run):
+    pytest.importorskip("trl")
+    names, said = run("convert_chat_model")
+    stages = {stage["name"]: stage for stage in names["results"]["conversion"]["stages"]}
+    assert stages["chat"]["loss_last"] < 0.3 * stages["chat"]["loss_first"] and names["answer"].startswith("In a ")
+    assert [line.split(":")[0] for line in said.splitlines() if ": loss " in line] == ["distill", "chat", "prefer"]
+
+
+def test_a_hybrid_keeps_the_layer_that_matters_most(run):
+    names, _ = run("convert_hybrid", "--steps", "4")
+    assert sorted(names["kinds"]) == ["full_attention", "gated_delta_net"] and names["sizes"][0] < names["sizes"][1]
+
+
+def test_a_new_family_is_one_class(run, monkeypatch):
+    from rnnzoo.conversions.teachers import families
+
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    names, _ = run("new_teacher_family", "--steps", "4")
+    assert names["difference"] < 1e-4
+    assert names["student"].config.layer_types == ["mamba2", "full_attention"]
 
 
 def test_an_example_takes_a_folder(run, tmp_path):
