@@ -29,6 +29,7 @@ from .hashes import TextHashes
 __all__ = ["PackedTokens", "check_sequence_length", "pack"]
 
 log = logging.getLogger(__name__)
+ROWS_AT_ONCE = 256
 CHARACTERS_AT_ONCE = 100_000  # tokenised in one call
 CHARACTERS_PER_TOKEN = 2.5  # below what English needs, so that a document that may be long enough is looked at
 LARGEST_SHARE = 16  # one document fills at most a sixteenth, as long as there are others
@@ -37,6 +38,8 @@ SEARCH_FACTOR = 64  # long documents are looked for in so many times the charact
 
 class PackedTokens(Dataset):
     """N rows of T tokens: `packed[i]` is {"input_ids": (T,), "seq_ids": (T,)}, both int64.
+
+    Those of a file are mapped: a process reads from the disk the rows that it asks for, and no others.
 
     Attributes:
         input_ids, seq_ids: (N, T), int32.
@@ -55,7 +58,11 @@ class PackedTokens(Dataset):
         return {"input_ids": self.input_ids[index].long(), "seq_ids": self.seq_ids[index].long()}
 
     def rows(self, first: int, count: int) -> PackedTokens:
-        """`count` rows from `first` on, beginning again where the rows end."""
+        """`count` rows from `first` on, beginning again where the rows end; of a mapped file they stay mapped."""
+        first %= len(self)
+        if first + count <= len(self):
+            part = slice(first, first + count)
+            return PackedTokens(self.input_ids[part], self.seq_ids[part], self.source, self.hashes)
         picked = torch.arange(first, first + count) % len(self)
         return PackedTokens(self.input_ids[picked], self.seq_ids[picked], self.source, self.hashes)
 
@@ -72,7 +79,8 @@ class PackedTokens(Dataset):
         """Of the tokens and their boundaries, little-endian int32."""
         digest = hashlib.sha256(f"{tuple(self.input_ids.shape)}".encode())
         for tensor in (self.input_ids, self.seq_ids):
-            digest.update(tensor.contiguous().numpy().astype("<i4").tobytes())
+            for rows in tensor.split(ROWS_AT_ONCE):  # of a mapped file, never all in memory
+                digest.update(rows.contiguous().numpy().astype("<i4").tobytes())
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
