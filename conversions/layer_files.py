@@ -72,10 +72,13 @@ class SmallStreams:
     """The few rows of calibration text on their way through teacher and student, in memory.
 
     Attributes:
-        theirs, ours: a stream for each row.
+        theirs, ours: a stream for each row that is fitted, in teacher and student.
+        judged, unfitted: for each row that judges the fit, in the student and in one whose layers are not fitted.
     """
 
-    def __init__(self, layers: Any, folder: Path, data: PackedTokens, number: int):
+    NAMES = ("theirs", "ours", "judged", "unfitted")
+
+    def __init__(self, layers: Any, folder: Path, fitted: PackedTokens, judged: PackedTokens, number: int):
         """At layer `number`, where an earlier run has saved them unless it is the first.
 
         Args:
@@ -84,42 +87,41 @@ class SmallStreams:
         from .stages.closed_form import Stream
 
         self.folder = folder
-        models = layers.twin_skeleton, layers.skeleton
-        if number:
-            saved = read_tensors(self.path(number))
-            hidden = saved["theirs"].split(1), saved["ours"].split(1)
-            carried = saved["carried"].split(1) if "carried" in saved else [None] * len(data)
-        else:
-            embeddings = layers.embedded()
-            rows = [torch.nn.functional.embedding(row["input_ids"][None], embeddings) for row in _rows(data)]
-            hidden = tuple(
-                [model.model.enter(row.to(dtype)) for row in rows]
-                for model, dtype in zip(models, (layers.job.dtype, torch.float32), strict=True)
-            )
-            carried = [None] * len(data)
-        self.theirs, self.ours = (
-            [Stream(h, _context(model, row)) for h, row in zip(parts, _rows(data), strict=True)]
-            for model, parts in zip(models, hidden, strict=True)
-        )
-        for stream, handed_on in zip(self.ours, carried, strict=True):
-            stream.carried = handed_on
+        self.theirs: list[Stream] = []
+        self.ours: list[Stream] = []
+        self.judged: list[Stream] = []
+        self.unfitted: list[Stream] = []
+        saved = read_tensors(self.path(number)) if number else None
+        embeddings = None if number else layers.embedded()
+        for name in self.NAMES:
+            data = fitted if name in ("theirs", "ours") else judged
+            model = layers.twin_skeleton if name == "theirs" else layers.skeleton
+            for i in range(len(data)):
+                ctx = _context(model, data[i])
+                if saved is not None:
+                    carried = saved[f"{name}.carried"][i : i + 1] if f"{name}.carried" in saved else None
+                    stream = Stream(saved[name][i : i + 1], ctx, carried)
+                else:
+                    embedded = torch.nn.functional.embedding(data[i]["input_ids"][None], embeddings)
+                    dtype = layers.job.dtype if name == "theirs" else torch.float32
+                    stream = Stream(model.model.enter(embedded.to(dtype)), ctx)
+                getattr(self, name).append(stream)
 
     def path(self, number: int) -> Path:
         return self.folder / f"streams-{number}.safetensors"
 
     def save(self, number: int) -> None:
         """In front of layer `number`."""
-        tensors = {name: torch.cat([s.hidden for s in getattr(self, name)]) for name in ("theirs", "ours")}
-        if self.ours[0].carried is not None:
-            tensors["carried"] = torch.cat([s.carried for s in self.ours if s.carried is not None])
+        tensors = {}
+        for name in self.NAMES:
+            streams = getattr(self, name)
+            tensors[name] = torch.cat([stream.hidden for stream in streams])
+            if streams[0].carried is not None:
+                tensors[f"{name}.carried"] = torch.cat([stream.carried for stream in streams])
         write_tensors(self.path(number), tensors)
 
     def forget(self, number: int) -> None:
         self.path(number).unlink(missing_ok=True)
-
-
-def _rows(data: PackedTokens) -> list[dict[str, Tensor]]:
-    return [data[i] for i in range(len(data))]
 
 
 def _context(model: Any, row: dict[str, Tensor]) -> Any:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -28,6 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.errors import RnnzooError
+from ..kernels.losses import linear_cross_entropy
+from ..zoo.core.layers import make_norm
 from ..zoo.core.registry import ATTENTION_TYPES, mixer_class
 from ..zoo.core.rotary import RotaryFrequencies
 from ..zoo.core.sizes import causal_lm_class
@@ -40,6 +43,7 @@ from .recipes import Recipe, parse_keep
 from .recipes.keep import needs_ranking
 from .recipes.stages import Align, Calibrate, Stage
 from .run import FINISHED, write_json
+from .stages.train import next_tokens
 from .student import layer_types, student_config
 
 if TYPE_CHECKING:
@@ -151,6 +155,10 @@ class _Layers:
     def mixer_file(self, stage: str, number: int) -> Path:
         return self.folder / stage / f"mixer-{number}.safetensors"
 
+    def unfitted_file(self, stage: str, number: int) -> Path:
+        """The mixer as it was before its fit in closed form, which may be taken back."""
+        return self.folder / stage / f"unfitted-{number}.safetensors"
+
     def converted(self, number: int) -> bool:
         return self.config.layer_types[number] not in ATTENTION_TYPES
 
@@ -180,15 +188,17 @@ class _Layers:
 
         started = time.monotonic()
         data = self.job.packed("calibration", self.job.recipe.calibration_tokens)
+        alone = len(data) >= 3  # as `calibrate.fit_if_better` has it
+        fitted, judged = (data.rows(0, len(data) - 1), data.rows(len(data) - 1, 1)) if alone else (data, data)
         parts = stage.chosen(self.job.recipe)
         how = ClosedForm([part for part in parts if part != "features"], stage.ridge, stage.correct, stage.weighting)
         first = self.done(stage.name)
-        streams = SmallStreams(self, self.folder / stage.name, data, first)
+        streams = SmallStreams(self, self.folder / stage.name, fitted, judged, first)
         for number in range(first, self.count):
             theirs, ours = self.pair(number, previous)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-                report = self._fit(number, theirs, ours, streams, how, "features" in parts)
-                for stream in streams.ours:
+                report = self._fit(number, theirs, ours, streams, how, "features" in parts, stage.name)
+                for stream in streams.ours + streams.judged:
                     stream.advance(ours)
             streams.save(number + 1)
             write_tensors(self.mixer_file(stage.name, number), ours.mixer.state_dict(), report)
@@ -196,19 +206,49 @@ class _Layers:
             del theirs, ours
             return_freed_memory()
             self.job.progress(stage.name, number + 1, self.count, {})
-        streams.forget(self.count)
         reports = self.reports(stage.name)
-        errors = {f"error_{name}": sum(r[name] for r in reports) / max(1, len(reports)) for name in ("before", "after")}
-        seconds = round(time.monotonic() - started, 1)
-        return {"tokens": data.num_tokens, "seconds": seconds, "parts": parts} | errors
+        found = {f"error_{name}": sum(r[name] for r in reports) / max(1, len(reports)) for name in ("before", "after")}
+        if how.parts:
+            found |= self._judge(stage.name, streams, judged)
+        return {"tokens": data.num_tokens, "seconds": round(time.monotonic() - started, 1), "parts": parts} | found
 
-    def _fit(self, number: int, theirs: Any, ours: Any, streams: SmallStreams, how: Any, features: bool) -> dict | None:
-        """Refits a converted layer, and moves the teacher's streams on."""
+    def _judge(self, stage: str, streams: SmallStreams, data: PackedTokens) -> dict[str, Any]:
+        """Takes the fits back where the loss on the rows that judge is larger with them."""
+        losses = {name: self._loss(getattr(streams, name), data) for name in ("unfitted", "judged")}
+        kept = losses["judged"] <= losses["unfitted"]
+        for number in range(self.count if not kept else 0):
+            if self.unfitted_file(stage, number).exists():
+                os.replace(self.unfitted_file(stage, number), self.mixer_file(stage, number))
+        shown = [value if math.isfinite(value) else None for value in losses.values()]
+        return {"loss_before": shown[0], "loss_after": shown[1], "kept": kept}
+
+    def _loss(self, streams: list[Stream], data: PackedTokens) -> float:
+        """Mean cross-entropy per token behind the last layer, in nats; infinite where it is not a number."""
+        ends = self.teacher.ends()
+        norm = make_norm(self.config)
+        norm.load_state_dict({name: ends[f"model.norm.{name}"].float() for name in norm.state_dict()})
+        head = ends.get("lm_head.weight", ends["model.embed_tokens.weight"])
+        total, count = 0.0, 0
+        for i, stream in enumerate(streams):
+            labels = next_tokens(data[i]["input_ids"][None], data[i]["seq_ids"][None]).flatten()
+            hidden = norm(stream.hidden).flatten(0, 1).to(head.dtype)
+            total += float(linear_cross_entropy(hidden, head, labels, reduction="sum"))
+            count += int((labels != -100).sum())
+        loss = total / max(1, count)
+        return loss if math.isfinite(loss) else math.inf
+
+    def _fit(
+        self, number: int, theirs: Any, ours: Any, streams: SmallStreams, how: Any, features: bool, stage: str
+    ) -> dict | None:
+        """Refits a converted layer, and moves on the streams of the teacher and of what is not fitted."""
         from .stages.closed_form import Layer, output_projection
 
         output = output_projection(ours.mixer)
         if features and self.converted(number):
             self._fit_features(theirs, ours, streams.theirs[0])
+        write_tensors(self.unfitted_file(stage, number), ours.mixer.state_dict())
+        for stream in streams.unfitted:
+            stream.advance(ours)
         if not self.converted(number) or output is None or not how.parts:
             for stream in streams.theirs:
                 stream.advance(theirs)

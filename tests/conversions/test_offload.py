@@ -26,7 +26,7 @@ RECIPE = {
     "seq_len": 64,
     "batch_tokens": 2 * 64,
     "tokens": 12 * 64,
-    "calibration_tokens": 256,
+    "calibration_tokens": 5 * 64,
     "stages": [
         {"name": "calibrate", "kind": "calibrate", "parts": ["scale", "output"]},
         # Clipped layer by layer in the one case, over all layers in the other: so not at all here.
@@ -77,7 +77,10 @@ def test_it_ends_at_the_weights_of_a_run_in_memory(data, tmp_path, family, stude
         else:
             assert ours[name].shape == theirs[name].shape and ours[name].isfinite().all()
     stages = [{s["name"]: s for s in found["conversion"]["stages"]} for found in (parts, whole)]
-    for stage, keys in {"calibrate": ("error_before", "error_after"), "align": ("loss_first", "loss_last")}.items():
+    for stage, keys in {
+        "calibrate": ("error_before", "error_after", "loss_before", "loss_after", "kept"),
+        "align": ("loss_first", "loss_last"),
+    }.items():
         for key in keys if same else ():
             assert stages[0][stage][key] == pytest.approx(stages[1][stage][key], rel=1e-2)
     assert stages[0]["align"]["tokens"] == stages[1]["align"]["tokens"] == 12 * 64
