@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from .recipes import Recipe
     from .teachers import TeacherRef
 
-__all__ = ["allocation_of_run", "check_allocation", "measured_allocation", "measured_ranking", "temporary_job"]
+__all__ = [
+    "allocated_options",
+    "allocation_of_run",
+    "check_allocation",
+    "measured_allocation",
+    "measured_ranking",
+    "temporary_job",
+]
 
 
 @contextlib.contextmanager
@@ -73,6 +80,14 @@ def measured_allocation(job: Job) -> dict[str, Any]:
     stage = check_allocation(recipe)
     _, record = spend_budget(job.teacher, job.twin, recipe, stage, types, data, job.dtype, job.seed, progress=report)
     return record
+
+
+def allocated_options(allocation: dict[str, Any], layers: int) -> tuple[dict[str, Any], list[int]]:
+    """Fields of the student's configuration, and the layers that the budget keeps as attention."""
+    own = {entry["layer"]: entry for entry in allocation["layers"]}
+    sizes = [own[i]["windows"] if i in own else [] for i in range(layers)]
+    widths = [own[i]["feature_width"] if i in own else 0 for i in range(layers)]
+    return {"window_sizes": sizes, "feature_widths": widths}, allocation.get("attention", [])
 
 
 def allocation_of_run(folder: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ..zoo.core.registry import ATTENTION_TYPES
 from ..zoo.core.sizes import parameter_count, state_bytes
 from .devices import FLOPS_PER_CORE, parse_devices
 from .measured_plan import (
+    allocated_options,
     allocation_of_run,
     check_allocation,
     measured_allocation,
@@ -102,8 +103,16 @@ def make_plan(
     kept = kept_layers(chosen, config.num_hidden_layers)
     decided = bool(chosen.ranking) or not needs_ranking(chosen.keep)
     steps = keep_steps(chosen, config.num_hidden_layers) if decided else [chosen.keep]
+    options = {}
+    if "allocation" in measured:
+        options, more = allocated_options(measured["allocation"], config.num_hidden_layers)
+        kept = sorted({*kept, *more})
     types = layer_types(found, chosen, kept)
-    built = student_config(found, chosen, types)
+    if options and [bool(sizes) for sizes in options["window_sizes"]] != [kind == chosen.student for kind in types]:
+        raise RnnzooError(
+            f"The conversion in {run} has converted other layers than this plan; give its teacher and --keep."
+        )
+    built = student_config(found, chosen, types, **options)
     state = chosen.state_budget or state_bytes(built, torch.bfloat16)
     kv_token = 2 * built.num_key_value_heads * built.head_dim * 2
     flops = 0.0

@@ -105,7 +105,8 @@ def test_results_say_what_was_done(conversions, teachers, case):
     out, results, _ = conversions[1][case]
     assert json.loads((out / "results.json").read_text()) == results
     assert {"schema", "created", "rnnzoo_version", "model", "teacher", "recipe", "conversion"} <= set(results)
-    model, planned = results["model"], make_plan(teachers[case[0]], case[1], **_plan_options(case[1])).to_dict()
+    options = _plan_options(case[1]) | ({"run": str(out)} if case[1] == "rnnzoo" else {})
+    model, planned = results["model"], make_plan(teachers[case[0]], case[1], **options).to_dict()
     assert model["parameters"] == planned["student_parameters"]
     assert results["teacher"]["parameters"] == planned["parameters"]
     assert model["layer_types"] == [layer["mixer"] for layer in planned["layers"]]

@@ -55,14 +55,19 @@ def test_the_plan_is_what_the_conversion_does(teacher, recipe, data, tmp_path, m
     results = convert(teacher, recipe, out, keep="best 25%", data=data, evaluate=False)
     assert results["conversion"]["ranking"]["order"] == said["ranking"]["order"]
     record = next(stage for stage in results["conversion"]["stages"] if stage["name"] == "calibrate")["allocation"]
-    assert record == said["allocation"] == make_plan(teacher, recipe, run=str(out)).to_dict()["allocation"]
+    assert record == said["allocation"]
     model = results["model"]
     assert model["state_bytes"] == record["state_bytes"] <= 12_000 == said["state_bytes"]
+    assert model["parameters"] == said["student_parameters"]
     by_layer = {entry["layer"]: entry for entry in record["layers"]}
     assert sorted({0, 1, 2, 3} - set(kept)) == sorted(by_layer)
     for i, entry in by_layer.items():
         assert model["windows"][i] == entry["windows"] and model["feature_widths"][i] == entry["feature_width"]
         assert model["layer_state_bytes"][i] == entry["bytes"]
+    with pytest.raises(RnnzooError, match="has converted other layers than this plan"):
+        make_plan(teacher, recipe, keep="none", run=str(out))
+    drawn = make_plan(teacher, recipe, keep=str(kept[0]), run=str(out)).to_dict()
+    assert drawn["allocation"] == record and drawn["student_parameters"] == model["parameters"]
     # The ranking is in the cache, and its file does for another plan, without weights.
     file = said["ranking"]["file"]
     assert file.startswith(str(tmp_path / "cache"))
