@@ -140,7 +140,7 @@ class Layers:
             if self.unfitted_file(stage, number).exists():
                 os.replace(self.unfitted_file(stage, number), self.mixer_file(stage, number))
         shown = [value if math.isfinite(value) else None for value in losses.values()]
-        return {"loss_before": shown[0], "loss_after": shown[1], "kept": kept}
+        return {"loss_before": shown[0], "loss_after": shown[1], "fits_kept": kept}
 
     def _loss(self, streams: list[Stream], data: PackedTokens) -> float:
         """Mean cross-entropy per token behind the last layer, in nats; infinite where it is not a number."""

@@ -67,7 +67,7 @@ def fit_if_better(
     errors = [sum(layer[name] for layer in layers) / max(1, len(layers)) for name in ("before", "after")]
     found = [value if math.isfinite(value) else None for value in errors + losses]
     names = ("error_before", "error_after", "loss_before", "loss_after")
-    return dict(zip(names, found, strict=True)) | {"kept": kept}
+    return dict(zip(names, found, strict=True)) | {"fits_kept": kept}
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def test_only_fresh_layers_change_and_the_record_says_what_it_brought(teacher, s
     assert report["tokens"] == 4 * 48 and report["parts"] == stage.chosen(job.recipe)
     assert report["error_after"] <= report["error_before"]
     changed = {name for name, tensor in after.state_dict().items() if not torch.equal(tensor, before[name])}
-    if report["kept"]:
+    if report["fits_kept"]:
         assert report["loss_after"] <= report["loss_before"]
         assert {name.split(".")[2] for name in changed} == {"1", "3"}
     else:
@@ -77,7 +77,7 @@ def test_a_fit_that_does_harm_is_taken_back(teacher, monkeypatch):
 
     monkeypatch.setattr(calibrate, "fit_layers", harm)
     after, report = calibrate.run(job, stage, model, Part("fit", range(0), [0, 1, 2, 3]))
-    assert report["kept"] is False and report["loss_after"] > report["loss_before"]
+    assert report["fits_kept"] is False and report["loss_after"] > report["loss_before"]
     assert seen["rows"] == 3  # the last row is for the judgement
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.state_dict().items())
 
