@@ -78,7 +78,7 @@ def test_figures_are_those_of_whole_models_with_another_mixer(family, tmp_path):
         for name, changed in (("bypass_kl", bypassed), ("swap_kl", swapped)):
             with torch.no_grad():
                 said = changed(ids, seq_ids=seq_ids).logits.double().log_softmax(-1)
-            kl = float((true.exp() * (true - said)).sum(-1).mean())
+            kl = float((true.exp() * (true - said)).sum(-1)[:, 3::4].mean())
             assert found[i][name] == pytest.approx(kl, rel=1e-3, abs=1e-6)
 
 
