@@ -3,7 +3,8 @@
     bypass_kl    KL(teacher || teacher without the mixer of one layer)
     swap_kl      KL(teacher || teacher with that mixer replaced by the student's, calibrated but not trained)
 
-both means over every fourth token, in nats, on calibration text. The ranking is by swap_kl: what a layer costs when it is converted.
+both means over every fourth token, in nats, on calibration text. The ranking is by swap_kl: what a layer costs when it
+is converted.
 """
 
 from __future__ import annotations
