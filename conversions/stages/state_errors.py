@@ -33,6 +33,7 @@ __all__ = [
     "Progress",
     "attention_scores",
     "divided",
+    "fewer_rows",
     "linear_sums",
     "measure_states",
     "residual",
@@ -163,6 +164,12 @@ def _band_sums(weights: Tensor, values: Tensor, rows: Tensor, distance: Tensor, 
     return torch.einsum("hnb,nbd->hnd", picked, values[keys.clamp(min=0)])
 
 
+def fewer_rows(time: int, seed: int) -> Tensor:
+    """A third of the sampled rows, spread over them: each takes a pass over all keys for each choice."""
+    rows = sample_rows(time, seed)
+    return rows[torch.linspace(0, len(rows) - 1, min(LINEAR_ROWS, len(rows))).long()]
+
+
 def divided(sums: Tensor) -> Tensor:
     """Numerators over denominators, the last column."""
     return sums[..., :-1] / sums[..., -1:]
@@ -214,8 +221,7 @@ def _linear_errors(layer: Observed, mixers: list[Any], sinks: int, seed: int) ->
     time, kv_heads, _ = layer.k.shape
     widths = list(dict.fromkeys(mixer.features for mixer in mixers))
     windows = list(dict.fromkeys(mixer.lengths[0] for mixer in mixers))
-    rows = sample_rows(time, seed)
-    rows = rows[torch.linspace(0, len(rows) - 1, min(LINEAR_ROWS, len(rows))).long()]
+    rows = fewer_rows(time, seed)
     result = torch.zeros(kv_heads, len(widths), len(windows), 2)
     for head in range(kv_heads):
         scores, distance = attention_scores(layer, rows, head)

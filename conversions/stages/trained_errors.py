@@ -14,8 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .observe import Observed, observe, sample_rows
-from .state_errors import WINDOWS, Measured, Progress, attention_scores, divided, linear_sums, residual, with_ones
+from .observe import Observed, observe
+from .state_errors import (
+    WINDOWS,
+    Measured,
+    Progress,
+    attention_scores,
+    divided,
+    fewer_rows,
+    linear_sums,
+    residual,
+    with_ones,
+)
 
 if TYPE_CHECKING:
     from ...zoo.core.mixer import Context
@@ -59,7 +69,7 @@ def _errors(layer: Observed, mixer: Any, ctx: Context, windows: Sequence[int], s
     """(Hk, windows) of one layer and sequence."""
     ours = _as_seen(layer, mixer, ctx)
     time, kv_heads, _ = ours.k.shape
-    rows = sample_rows(time, seed)
+    rows = fewer_rows(time, seed)
     weight = (layer.gradient**2).mean() * layer.gradient.shape[-1]
     result = torch.zeros(kv_heads, len(windows))
     for head in range(kv_heads):
