@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["default_path", "load_ranking", "measure_layers", "rank_layers", "save_ranking"]
 
-TOKENS = 4096  # of calibration text: each layer takes two passes over them, from its place on
+TOKENS = 2048  # of calibration text, at least: each layer takes two passes over them, from its place on
 EVERY = 4  # tokens for one whose predictions are compared: the head is a large part of a small model
 SCHEMA = 1
 
