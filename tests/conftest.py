@@ -1,8 +1,9 @@
 """For all tests: without a GPU, Triton kernels run in Triton's interpreter (to be said before Triton is imported);
-and a Hub on loopback."""
+a Hub on loopback; and a log that no test changes for the next."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -13,6 +14,16 @@ from .hub_double import HubDouble, hub_double
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def log() -> Iterator[None]:
+    """What a command line set of the package's log (quiet, for one) ends with its test."""
+    logger = logging.getLogger("rnnzoo")
+    level, handlers = logger.level, logger.handlers[:]
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 @pytest.fixture

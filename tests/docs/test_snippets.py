@@ -42,7 +42,7 @@ def test_few_snippets_are_not_run_and_each_says_why():
     left_out = [snippet for page in PAGES for snippet in of_page(page) if snippet.not_run]
     assert all(len(snippet.not_run.split()) > 1 for snippet in left_out)
     run_or_slow = [snippet for page in PAGES for snippet in of_page(page) if not snippet.not_run]
-    assert len(left_out) <= 8 and len(run_or_slow) > 3 * len(left_out)
+    assert len(left_out) <= 10 and len(run_or_slow) > 3 * len(left_out)
 
 
 def test_a_broken_snippet_fails(folder):

@@ -98,7 +98,7 @@ def test_recipes_that_are_none(refused, tmp_path):
         (["--keep", "1/9"], "between 1/2 and 1/1"),
         (["--keep", "most"], "neither none"),
         (["--seq-len", "4096"], "512"),
-        (["--state-budget", "1kB"], "too small"),
+        (["--state-budget", "60B"], "too small"),
         (["--text-field", "body"], "body"),
     ],
 )

@@ -113,8 +113,9 @@ def test_pickled_weights_are_read_as_tensors_alone_or_not_at_all(tmp_path, mark,
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Evil(str(mark))}, folder / "pytorch_model.bin")
     for command in commands(folder, tmp_path)[:5]:
-        assert cli._run([*command, "--quiet"]) == 1, command
-        assert capsys.readouterr().err.startswith("error: ")
+        reads = command[0] != "plan"  # which needs the configuration alone
+        assert cli._run([*command, "--quiet"]) == reads, command
+        assert capsys.readouterr().err.startswith("error: ") == reads
     with pytest.raises(RnnzooError, match=r"no model\.safetensors"):
         resolve_teacher(str(folder))
     assert not mark.exists()
