@@ -32,11 +32,11 @@ import torch
 from torch import Tensor
 
 from .cache import cache_root
+from .sources import c_sources
 
 __all__ = ["build_all", "cache_folder", "compiler", "function", "pointer", "problem", "supports"]
 
 log = logging.getLogger("rnnzoo.kernels")
-HERE = pathlib.Path(__file__).resolve().parent
 FLAGS = (
     *("-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"),
@@ -131,7 +131,7 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def build_all() -> dict[str, str | None]:
     """Compiles every folder's C code on all cores; folder -> why it failed, or None."""
-    folders = sorted(path.parent.name for path in HERE.glob("*/cpu.c"))
+    folders = sorted(path.parent.name for path in c_sources().glob("*/cpu.c"))
     if compiler() is not None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_attempt, folders))
@@ -158,8 +158,9 @@ def _load(folder: str) -> str | None:
 
 
 def _build(folder: str) -> pathlib.Path:
-    source = HERE / folder / "cpu.c"
-    headers = [*sorted(HERE.glob("*.h")), *sorted(source.parent.glob("*.h"))]
+    here = c_sources()
+    source = here / folder / "cpu.c"
+    headers = [*sorted(here.glob("*.h")), *sorted(source.parent.glob("*.h"))]
     own = [path.read_bytes() for path in (source, *headers)]
     identity = [*own, repr((FLAGS, MACHINE_FLAGS, _openmp())).encode(), _compiler_version(), _processor().encode()]
     key = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
@@ -181,7 +182,7 @@ def _compile(source: pathlib.Path, target: pathlib.Path) -> None:
         for machine in MACHINE_FLAGS:
             for openmp in ("-fopenmp", None):  # a compiler without OpenMP ignores the pragmas: one thread
                 flags = [flag for flag in FLAGS if flag != "-fopenmp" or openmp]
-                done = _run([*flags, *machine, f"-I{HERE}", "-c", str(source), "-o", str(compiled)])
+                done = _run([*flags, *machine, f"-I{source.parents[1]}", "-c", str(source), "-o", str(compiled)])
                 if done.returncode == 0:
                     runtime = [_openmp() or "-fopenmp"] if openmp else []
                     done = _run(["-shared", str(compiled), "-o", str(linked), *runtime, "-lm"])

@@ -2,6 +2,7 @@
 
     python scripts/bench_kernels.py --out bench            # the table; peers that are not installed are left out
     python scripts/bench_kernels.py --check                # and exit 1 where a figure is missed
+    python scripts/bench_kernels.py --rounds 3             # medians of three rounds, with the least and the most
 
 Memory that is freed is kept for the next call, for all contestants, as it is in training.
 `rnnzoo bench kernels` measures all backends over all lengths instead. Writes OUT/figures.md and OUT/figures.json.
@@ -20,9 +21,10 @@ from pathlib import Path
 
 import click
 import torch
+from torch.utils import _pytree as pytree
 
 from rnnzoo.benchmarks.cases import CASES, STEP_CASES, Case, scan
-from rnnzoo.benchmarks.figures import Figure, report
+from rnnzoo.benchmarks.figures import Figure, median_of_rounds, report
 from rnnzoo.benchmarks.peers import DELTA, PEERS, PER_CHANNEL, PER_HEAD
 from rnnzoo.benchmarks.sweep import STATES, forward_backward, measure_step
 from rnnzoo.benchmarks.timing import Machine, measure_machine, seconds
@@ -75,7 +77,18 @@ def against_the_copy(machine: Machine, budget: float) -> Iterator[Figure]:
         row = measure_step(case, CPU, machine, CPU, torch.float32, budget)
         share = row.gigabytes_per_second * 1e9 / machine.copy_bytes
         what = f"{case.name}, one step, {STATES} states of {case.size}"
-        yield Figure(what, "copy of the state", 100 * share, " %", 50)
+        yield Figure(what, f"copy of the state; possible {possible_share(case):.0f} %", 100 * share, " %", 50)
+
+
+def possible_share(case: Case) -> float:
+    """In %, the state's part of all bytes that a step moves: state, inputs, weights, output."""
+    assert case.step is not None
+    state = case.state()
+    inputs = {name: x[:, 0] if x.ndim >= 3 else x for name, x in case.make(1).items()}
+    output = case.step(state, inputs, CPU)
+    of_state = 2 * sum(x.nbytes for x in pytree.tree_leaves(state))
+    others = sum(x.nbytes for x in pytree.tree_leaves((inputs, output)))
+    return 100 * of_state / (of_state + others)
 
 
 def by_length() -> Iterator[Figure]:
@@ -103,13 +116,14 @@ def extra_memory(name: str, steps: int = 65_536) -> float:
     """Memory that forward and backward need at most beside the inputs, over inputs, output and gradients together."""
     case = case_named(name)
     forward_backward(lambda given: case.call(given, CPU), case.make(128))()  # libraries and threads are loaded
-    inputs = {key: x.requires_grad_() for key, x in case.make(steps).items()}
+    inputs = case.make(steps)
+    learns = [x.requires_grad_() for x in inputs.values() if x.is_floating_point()]
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
     before = _status("VmRSS")
     output = case.call(inputs, CPU)
     weights = torch.ones_like(output)
-    gradients = torch.autograd.grad(output, list(inputs.values()), weights)
-    held = sum(x.nbytes for x in (*inputs.values(), output, weights, *gradients))
+    gradients = torch.autograd.grad(output, learns, weights, allow_unused=True)  # a teacher's inputs have none
+    held = sum(x.nbytes for x in (*inputs.values(), output, weights, *gradients) if x is not None)
     return (_status("VmHWM") - before) / held
 
 
@@ -137,10 +151,13 @@ def _run(command: list[str], **environment: str) -> str:
 @click.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--seconds", "budget", type=float, default=2.0, show_default=True, help="Time for each number.")
+@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Of all measurements.")
 @click.option("--check", is_flag=True, help="Exit 1 where a figure is missed.")
 @click.option("--memory-of", hidden=True)
 @click.option("--length-of", hidden=True)
-def main(out: Path | None, budget: float, check: bool, memory_of: str | None, length_of: str | None) -> None:
+def main(
+    out: Path | None, budget: float, rounds: int, check: bool, memory_of: str | None, length_of: str | None
+) -> None:
     """Measure, and write the table."""
     if memory_of is not None:
         click.echo(extra_memory(memory_of))
@@ -150,13 +167,15 @@ def main(out: Path | None, budget: float, check: bool, memory_of: str | None, le
         return
     started = time.monotonic()
     keep_freed_memory()  # as in a conversion: else the time is that of the system, which zeroes fresh memory
-    machine = measure_machine()
-    figures: list[Figure] = []
-    parts = (against_peers(budget), against_the_copy(machine, budget), by_length(), memory(), first_use())
-    for part in parts:
-        for figure in part:
-            figures.append(figure)
-            click.echo(figure.line())
+    tables: list[list[Figure]] = []
+    for _ in range(rounds):
+        machine = measure_machine()
+        tables.append([])
+        for part in (against_peers(budget), against_the_copy(machine, budget), by_length(), memory(), first_use()):
+            for figure in part:
+                tables[-1].append(figure)
+                click.echo(figure.line())
+    figures = median_of_rounds(tables)
     limits = f"copies {machine.copy_bytes / 1e9:.1f} GB/s, matrix products {machine.matmul_flops / 1e9:.0f} GFLOP/s"
     text = report(figures, f"{machine.threads} threads, float32: {limits}.", out, machine=asdict(machine))
     click.echo(f"\n{text}\n{time.monotonic() - started:.0f} s")

@@ -17,13 +17,11 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def log() -> Iterator[None]:
-    """What a command line set of the package's log (quiet, for one) ends with its test."""
+def log() -> None:
+    """What a command line of an earlier test set of the package's log (quiet, for one) has ended."""
     logger = logging.getLogger("rnnzoo")
-    level, handlers = logger.level, logger.handlers[:]
-    yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
+    logger.setLevel(logging.NOTSET)
+    logger.handlers.clear()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@
 enum { CHUNK = 64, SEGMENT = 16 };
 enum { NO_DECAY, CONSTANT, PER_HEAD, PER_CHANNEL };
 #define SMALLEST 1e-7f
-#define PARALLEL_STEP 16384 /* numbers in the state from which a step is worth waking threads */
+#define PARALLEL_STEP 65536 /* numbers in the state from which a step is worth waking threads */
 
 typedef struct {
     const void *q, *k, *v;

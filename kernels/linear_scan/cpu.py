@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -67,18 +68,17 @@ backward.register_fake(empty_gradients)
 register_autograd(forward, backward)
 
 
-_step: Callable[..., None] | None = None  # the C function, once it was asked for
+@functools.cache
+def _step() -> Callable[..., None]:
+    return function("linear_scan", "linear_scan_step", "ppppiii")
 
 
 def linear_scan_step(*, a: Tensor, x: Tensor, state: Tensor) -> Tensor:
     """See `kernels.linear_scan_step`. No custom operator: a call's overhead would be several times its work."""
-    global _step
-    if _step is None:
-        _step = function("linear_scan", "linear_scan_step", "ppppiii")
     dtype = x.dtype
     if a.dtype != dtype or not (a.is_contiguous() and x.is_contiguous()):
         a, x = a.to(state.dtype).contiguous(), x.to(state.dtype).contiguous()
     h = torch.empty_like(x)
     pointers = a.data_ptr(), x.data_ptr(), state.data_ptr(), h.data_ptr()
-    _step(*pointers, state.numel() * (2 if state.is_complex() else 1), state.is_complex(), x.dtype == torch.bfloat16)
+    _step()(*pointers, state.numel() * (2 if state.is_complex() else 1), state.is_complex(), x.dtype == torch.bfloat16)
     return h if h.dtype == dtype else h.to(dtype)

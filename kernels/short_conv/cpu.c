@@ -15,7 +15,8 @@
  */
 #include "vec.h"
 
-enum { SEGMENT = 256, BLOCK = 512, TILE = 8, MOST_TAPS = 16, FEW = 1 << 14 };
+/* FEW: numbers, FEW_STEPS: channels of a step, below which waking threads takes longer than the work. */
+enum { SEGMENT = 256, BLOCK = 512, TILE = 8, MOST_TAPS = 16, FEW = 1 << 14, FEW_STEPS = 1 << 13 };
 #define UNROLL _Pragma("GCC unroll 16")
 
 typedef struct {
@@ -355,38 +356,40 @@ void short_conv_backward(const void *x, const float *weight, const float *bias, 
     free(memory);
 }
 
-/* One step: x and y (B, D); the state (B, D, W-1) takes in x. The weight and the bias may be bfloat16 here. */
-INLINE void step(const void *x, const void *weight, const void *bias, void *state, void *y, i64 batch, i64 width,
+enum { WIDE = 256 };
+/* One step of WIDE channels at most, of one batch row from channel `first` on. */
+INLINE void step(const void *x, const void *weight, const void *bias, void *state, void *y, i64 row, i64 first, i64 width,
                  const i64 taps, i64 silu, const int bf16, i64 bf16_weight) {
-    enum { WIDE = 256 };
-    float row[WIDE], input[WIDE], past[WIDE * MOST_TAPS], taken[WIDE * MOST_TAPS];
-    i64 kept = taps - 1;
-    for (i64 b = 0; b < batch; b++)
-        for (i64 first = 0; first < width; first += WIDE) {
-            i64 n = MIN(WIDE, width - first), at = b * width + first;
-            load_row(input, x, at, n, bf16);
-            load_row(past, state, at * kept, n * kept, bf16);
-            load_row(taken, weight, first * taps, n * taps, (int)bf16_weight);
-            if (bias) load_row(row, bias, first, n, (int)bf16_weight);
-            else memset(row, 0, sizeof row);
-            for (i64 d = 0; d < n; d++) {
-                float sum = row[d] + taken[d * taps + kept] * input[d];
-                for (i64 i = 0; i < kept; i++) {
-                    sum += taken[d * taps + i] * past[d * kept + i];
-                    past[d * kept + i] = i + 1 < kept ? past[d * kept + i + 1] : input[d];
-                }
-                row[d] = sum;
-            }
-            for (i64 d = 0; silu && d < n; d += LANES) storev(row + d, loadv(row + d) * logistic(loadv(row + d)));
-            store_row(state, at * kept, past, n * kept, bf16);
-            store_row(y, at, row, n, bf16);
+    float sums[WIDE], input[WIDE], past[WIDE * MOST_TAPS], taken[WIDE * MOST_TAPS];
+    i64 kept = taps - 1, n = MIN(WIDE, width - first), at = row * width + first;
+    load_row(input, x, at, n, bf16);
+    load_row(past, state, at * kept, n * kept, bf16);
+    load_row(taken, weight, first * taps, n * taps, (int)bf16_weight);
+    if (bias) load_row(sums, bias, first, n, (int)bf16_weight);
+    else memset(sums, 0, sizeof sums);
+    for (i64 d = 0; d < n; d++) {
+        float sum = sums[d] + taken[d * taps + kept] * input[d];
+        for (i64 i = 0; i < kept; i++) {
+            sum += taken[d * taps + i] * past[d * kept + i];
+            past[d * kept + i] = i + 1 < kept ? past[d * kept + i + 1] : input[d];
         }
+        sums[d] = sum;
+    }
+    for (i64 d = 0; silu && d < n; d += LANES) storev(sums + d, loadv(sums + d) * logistic(loadv(sums + d)));
+    store_row(state, at * kept, past, n * kept, bf16);
+    store_row(y, at, sums, n, bf16);
 }
 
+/* One step: x and y (B, D); the state (B, D, W-1) takes in x. The weight and the bias may be bfloat16 here. */
 void short_conv_step(const void *x, const void *weight, const void *bias, void *state, void *y, i64 batch, i64 width,
-                     i64 taps, i64 silu, i64 bf16, i64 bf16_weight) {
-    if (taps == 4 && bf16) step(x, weight, bias, state, y, batch, width, 4, silu, 1, bf16_weight);
-    else if (taps == 4) step(x, weight, bias, state, y, batch, width, 4, silu, 0, bf16_weight);
-    else if (bf16) step(x, weight, bias, state, y, batch, width, taps, silu, 1, bf16_weight);
-    else step(x, weight, bias, state, y, batch, width, taps, silu, 0, bf16_weight);
+                     i64 taps, i64 silu, i64 bf16, i64 bf16_weight, i64 threads) {
+    i64 blocks = (width + WIDE - 1) / WIDE;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && batch * width >= FEW_STEPS)
+    for (i64 task = 0; task < batch * blocks; task++) {
+        i64 row = task / blocks, first = task % blocks * WIDE;
+        if (taps == 4 && bf16) step(x, weight, bias, state, y, row, first, width, 4, silu, 1, bf16_weight);
+        else if (taps == 4) step(x, weight, bias, state, y, row, first, width, 4, silu, 0, bf16_weight);
+        else if (bf16) step(x, weight, bias, state, y, row, first, width, taps, silu, 1, bf16_weight);
+        else step(x, weight, bias, state, y, row, first, width, taps, silu, 0, bf16_weight);
+    }
 }

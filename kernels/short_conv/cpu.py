@@ -146,10 +146,11 @@ def short_conv_step(*, x: Tensor, weight: Tensor, bias: Tensor | None, state: Te
         activation == "silu",
         x.dtype == torch.bfloat16,
         weight.dtype == torch.bfloat16,
+        torch.get_num_threads(),
     )
     return y
 
 
 @functools.cache
 def _step() -> Callable[..., None]:
-    return function("short_conv", "short_conv_step", "pppppiiiiii")
+    return function("short_conv", "short_conv_step", "pppppiiiiiii")

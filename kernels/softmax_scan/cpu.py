@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -126,16 +127,15 @@ def _gradients(ctx, dout, dmaximum, dnumerator, ddenominator, _):
 forward.register_autograd(_gradients, setup_context=_remember)
 
 
-_step: Callable[..., None] | None = None  # the C function, once it was asked for
+@functools.cache
+def _step() -> Callable[..., None]:
+    return function("softmax_scan", "softmax_scan_forward", "p" * 13 + "i" * 6)
 
 
 def softmax_scan_step(
     *, k: Tensor, v: Tensor, state: SoftmaxState, decay: Tensor | None, bonus: Tensor | None
 ) -> Tensor:
     """See `kernels.softmax_scan_step`: forward over one step, whose final state is written over the initial one."""
-    global _step
-    if _step is None:
-        _step = function("softmax_scan", "softmax_scan_forward", "p" * 13 + "i" * 6)
     dtype = v.dtype
     if k.dtype != dtype or not (k.is_contiguous() and v.is_contiguous()):
         k, v = k.float().contiguous(), v.float().contiguous()
@@ -149,5 +149,5 @@ def softmax_scan_step(
     parameters = [None if x is None else x.data_ptr() for x in (decay, bonus)]
     threads = 1 if v.numel() < STEP_PARALLEL else torch.get_num_threads()
     sizes = batch, 1, heads * scores, v.shape[2] // scores, threads, v.dtype == torch.bfloat16
-    _step(k.data_ptr(), v.data_ptr(), *parameters, *pointers, None, out.data_ptr(), *pointers, None, *sizes)
+    _step()(k.data_ptr(), v.data_ptr(), *parameters, *pointers, None, out.data_ptr(), *pointers, None, *sizes)
     return out if out.dtype == dtype else out.to(dtype)

@@ -16,7 +16,7 @@ import time
 import pytest
 import torch
 
-from rnnzoo.kernels import native
+from rnnzoo.kernels import native, sources
 from rnnzoo.kernels.dispatch import explain
 from rnnzoo.kernels.linear_scan import linear_scan
 
@@ -27,8 +27,8 @@ void answer(int64_t *to) { *to = ANSWER; }
 # Loads the folder "toy" of another source tree and prints its answer.
 CHILD = """
 import pathlib, sys
-from rnnzoo.kernels import native
-native.HERE = pathlib.Path(sys.argv[1])
+from rnnzoo.kernels import native, sources
+sources.HERE = pathlib.Path(sys.argv[1])
 import torch
 to = torch.zeros(1, dtype=torch.int64)
 native.function("toy", "answer", "p")(native.pointer(to))
@@ -61,7 +61,7 @@ def toy(monkeypatch, tmp_path):
     (tree / "toy").mkdir(parents=True)
     (tree / "toy" / "cpu.c").write_text(SOURCE)
     (tree / "answer.h").write_text("#define ANSWER 42\n")
-    monkeypatch.setattr(native, "HERE", tree)
+    monkeypatch.setattr(sources, "HERE", tree)
     return tree
 
 

@@ -1,10 +1,12 @@
-"""A published model loads, generates and trains where rnnzoo is not installed, from one readable file of its own."""
+"""A published model loads, generates and trains where rnnzoo is not installed, from one readable file of its own, and
+with a second one its kernels in C."""
 
 from __future__ import annotations
 
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +17,12 @@ import torch
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from rnnzoo import __version__
+from rnnzoo.kernels import native, sources
+from rnnzoo.kernels.cache import cache_root
 from rnnzoo.kernels.dispatch import use_backend
 from rnnzoo.kernels.errors import RnnzooError
+from rnnzoo.publish.compiled_source import called_operations, compiled_operations
+from rnnzoo.publish.modules import COMPILED_FILE
 from rnnzoo.publish.standalone import CODE_FILE, LINE_LIMIT, standalone_code, standalone_files
 from rnnzoo.zoo.core.configuration import RecurrentConfig
 from rnnzoo.zoo.core.registry import architectures
@@ -41,6 +47,9 @@ VARIANTS["hedgehog-hybrid"][1].update(num_hidden_layers=3)
 VARIANTS["hedgehog-long"][1].update(num_attention_heads=2)
 NAMES = (*architectures(), *VARIANTS)
 SAVED_AGAIN = ("mamba2-hybrid", "hedgehog-hybrid", "transformer")
+# In the file, but without work: HGRN's convolution is off by default, and a linear part with a window has no C code.
+NOT_CALLED = {"hgrn": {"short_conv"}} | {name: {"gated_linear_attention"} for name in NAMES if "hedgehog" in name}
+WITHOUT_COMPILER = ("gla", "mamba2-hybrid", "rwkv4", "rwkv7")
 
 
 def config_of(name: str) -> RecurrentConfig:
@@ -105,9 +114,17 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcome(root) -> dict:
-    found = strangers(root)
+    # The same C code makes the same libraries, which other tests have built.
+    found = strangers(root, RNNZOO_CACHE=str(cache_root()))
     assert not found["rnnzoo"]
     return found["models"]
+
+
+def folders_in_c(name: str) -> set[str]:
+    """Folders of the kernels whose C code a model's file may call."""
+    known = compiled_operations()
+    called = called_operations(standalone_code(config_of(name)))
+    return {known[operation][0].module.split(".")[1] for operation in called & known.keys()}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,6 +136,19 @@ def test_a_stranger_gets_the_same_model(outcome, name):
     assert max(differences.values()) < 2e-5, differences
     assert len(seen["tokens"][0]) == 20 and seen["tokens_differ"] == 0 and seen["cache_changes_nothing"]
     assert seen["loss"] < 1e-5 and seen["learns"]
+    assert set(seen["compiled"]) == (folders_in_c(name) - NOT_CALLED.get(name, set()) if native.compiler() else set())
+
+
+def test_without_a_compiler_the_models_own_code_serves(root, tmp_path):
+    for name in WITHOUT_COMPILER:
+        shutil.copytree(root / "models" / name, tmp_path / "models" / name, ignore=shutil.ignore_patterns("again"))
+    found = strangers(tmp_path, PATH=str(tmp_path / "nothing"), CC="", RNNZOO_CACHE=str(tmp_path / "cache"))
+    for name in WITHOUT_COMPILER:
+        seen = found["models"][name]
+        assert "error" not in seen, seen["error"]
+        assert seen["compiled"] == [] and max(seen[kind] for kind in calls()) < 2e-5
+        assert seen["tokens_differ"] == 0 and seen["loss"] < 1e-5 and seen["learns"]
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("name", SAVED_AGAIN)
@@ -140,11 +170,14 @@ def test_the_code_is_one_short_file_that_imports_only_torch_and_transformers(roo
     assert len(lines) <= LINE_LIMIT
     assert max(map(len, lines)) <= 120
     assert "SPDX-License-Identifier: Apache-2.0" in lines[0] and f"rnnzoo {__version__}" in text[:1000]
-    assert get_relative_imports(path) == []
+    others = [COMPILED_FILE.removesuffix(".py")] if folders_in_c(name) else []
+    assert get_relative_imports(path) == others
+    assert path.with_name(COMPILED_FILE).is_file() == bool(others)
     packages = {package.partition(".")[0] for package in get_imports(path)} - set(sys.stdlib_module_names)
     assert packages <= {"torch", "transformers", "huggingface_hub"}
     tree = ast.parse(text)
-    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
+    relative = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    assert relative == others
     names = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     assert len(names) == len(set(names))
 
@@ -154,6 +187,17 @@ def test_only_what_the_configuration_needs_is_in_it():
     assert "class FullAttention" not in plain and "class SlidingAttention" in hybrid
     for text in ("def init_from_attention", "class WindowState", "def crop", "linear_kl", "class Perspectives"):
         assert text not in plain, text
+
+
+@pytest.mark.parametrize("name", ["mamba2", "rwkv7", "griffin"])
+def test_the_c_code_of_its_kernels_is_there_as_it_stands(root, name):
+    text = (root / "models" / name / COMPILED_FILE).read_text()
+    assert "SPDX-License-Identifier: Apache-2.0" in text and f"rnnzoo {__version__}" in text[:1000]
+    packages = {package.partition(".")[0] for package in get_imports(root / "models" / name / COMPILED_FILE)}
+    assert packages - set(sys.stdlib_module_names) <= {"torch"}
+    for folder in folders_in_c(name):
+        assert (sources.c_sources() / folder / "cpu.c").read_text() in text
+    assert all(path.read_text() in text for path in sources.c_sources().glob("*.h"))
 
 
 def test_the_same_configuration_gives_the_same_file():

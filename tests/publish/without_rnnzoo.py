@@ -69,6 +69,8 @@ def outcome(folder: Path) -> dict:
     seen["tokens_differ"] = sum(a != b for a, b in zip(tokens[0], expected["tokens"], strict=True))
     seen["cache_changes_nothing"] = tokens[0] == tokens[1]
     seen |= trained(model, expected)
+    kernels = sys.modules.get(type(model).__module__.rpartition(".")[0] + ".kernels_rnnzoo")
+    seen["compiled"] = sorted(getattr(kernels, "_libraries", {}))
     return seen
 
 

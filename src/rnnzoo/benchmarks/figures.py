@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..conversions.files import replace_text
 
-__all__ = ["Figure", "report"]
+__all__ = ["Figure", "median_of_rounds", "report"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Figure:
 
     Args:
         what: was measured. against: what it is compared with. unit: of value and target, with its space.
+        least, most: of the rounds that `value` is the median of; None: it was measured once.
     """
 
     what: str
@@ -26,6 +29,8 @@ class Figure:
     unit: str
     target: float | None = None
     at_most: bool = False
+    least: float | None = None
+    most: float | None = None
 
     @property
     def met(self) -> bool:
@@ -39,7 +44,19 @@ class Figure:
         if self.target is not None:
             bound = f"{'at most' if self.at_most else 'at least'} {self.target:g}{self.unit}"
             met = "yes" if self.met else "no"
-        return f"| {self.what} | {self.against} | {self.value:.3g}{self.unit} | {bound} | {met} |"
+        spread = "" if self.least is None else f" ({self.least:.3g} to {self.most:.3g})"
+        return f"| {self.what} | {self.against} | {self.value:.3g}{self.unit}{spread} | {bound} | {met} |"
+
+
+def median_of_rounds(rounds: Sequence[Sequence[Figure]]) -> list[Figure]:
+    """Each figure's median over rounds that measured the same ones in the same order, with the least and the most."""
+    if len(rounds) == 1:
+        return list(rounds[0])
+    figures = []
+    for same in zip(*rounds, strict=True):
+        values = [figure.value for figure in same]
+        figures.append(replace(same[0], value=statistics.median(values), least=min(values), most=max(values)))
+    return figures
 
 
 def report(figures: list[Figure], heading: str, out: Path | None, **facts: Any) -> str:

@@ -138,6 +138,7 @@ class Flat:
                 continue
             self.symbols[symbol] = None
             module = self.source.module(symbol.module)
+            waiting += [Symbol(module.name, name) for name in _decorated_by(module, symbol.name)]
             for statement in module.definitions[symbol.name]:
                 for reference in module.references(statement):
                     target, _ = self._target(module, reference)
@@ -176,9 +177,10 @@ class Flat:
 
         taken = set(self.externals)
         for symbol in sorted(self.symbols, key=rank):
-            stem = symbol.module.rpartition(".")[2].rstrip("_")
-            name = symbol.name if symbol.name not in taken else f"{symbol.name}_{stem}"
-            assert name not in taken, f"two symbols are called {name}"
+            *_, parent, stem = ["", *symbol.module.split(".")]
+            suffixes = ("", f"_{stem.rstrip('_')}", f"_{parent}_{stem.rstrip('_')}")
+            name = next((name for suffix in suffixes if (name := symbol.name + suffix) not in taken), None)
+            assert name is not None, f"two symbols are called {symbol.name}"
             taken.add(name)
             self.names[symbol] = name
 
@@ -209,6 +211,15 @@ def _is_small(statement: ast.stmt) -> bool:
 
 def _is_mixer(module: Module) -> bool:
     return module.name.startswith("zoo.") and not module.name.startswith("zoo.core.") and "modeling_" in module.name
+
+
+def _decorated_by(module: Module, name: str) -> Iterator[str]:
+    """Functions that say with `@name.register_...` what they are for."""
+    for statement in module.tree.body:
+        if isinstance(statement, ast.FunctionDef):
+            owners = [d.value for d in statement.decorator_list if isinstance(d, ast.Attribute)]
+            if any(isinstance(owner, ast.Name) and owner.id == name for owner in owners):
+                yield statement.name
 
 
 def _inner_imports(statement: ast.stmt) -> Iterator[ast.stmt]:

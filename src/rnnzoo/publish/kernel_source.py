@@ -1,4 +1,6 @@
-"""A kernel's public functions with one backend: checks of arguments go, the choice becomes a call of `chunked`."""
+"""A kernel's public functions with one backend: checks of arguments go, the choice becomes a call of `chunked`.
+
+Its C backend is found for a file of its own (`compiled_source.py`)."""
 
 from __future__ import annotations
 
@@ -8,32 +10,51 @@ from typing import Any
 
 from .source_edits import Edit, Offsets, apply, docstring_of, lines_of, replacing, span_of
 
-__all__ = ["with_one_backend"]
+__all__ = ["backend_parts", "with_one_backend"]
 
 CHECKS = re.compile(r"expect|expect_ndim|check_steps|_check\w*")
 DISPATCHES = ("dispatch", "dispatch_alike")
 
 
 def with_one_backend(text: str, backend: str = "chunked") -> str:
-    """The source of `kernels/<operation>/__init__.py` with `run(<the backend's function>, ...)` for each dispatch."""
+    """The source of `kernels/<operation>/__init__.py` with `run(<operation>, <function>, ...)` for each dispatch."""
     tree: Any = ast.parse(text)
     offsets = Offsets(text)
     edits, imports = [], {}
     for statement in tree.body:
         if _is_call(statement, "register"):
             edits.append(Edit(*lines_of(statement, offsets), ""))
-            first = statement.value.args
-            operation, name, importer = first if len(first) == 3 else first[0].value.elts
-            if name.value == backend:
-                imports[operation.value] = _implementation(tree, importer.id)
+            operation, name, importer = _registered(statement)
+            if name == backend:
+                imports[operation] = _implementation(tree, importer)
     lines = []
     for statement in tree.body:
         if isinstance(statement, ast.FunctionDef) and (operation := _dispatched(statement)):
             module, name = imports[operation]
             lines.append(f"from {module} import {name} as {operation}_{backend}\n")
-            edits += _direct(statement, f"{operation}_{backend}", offsets)
+            edits += _direct(statement, operation, f"{operation}_{backend}", offsets)
     lines += ["from ..dispatch import run\n"] if lines else []
     return apply(text, edits) + "".join(lines)
+
+
+def backend_parts(text: str, backend: str) -> dict[str, tuple[tuple[str, str], str]]:
+    """Operation -> module and name of a backend's function, and the name of the test of what it supports."""
+    tree: Any = ast.parse(text)
+    parts = {}
+    for statement in tree.body:
+        if _is_call(statement, "register"):
+            operation, name, importer = _registered(statement)
+            supports = next((k.value.id for k in statement.value.keywords if k.arg == "supports"), None)
+            if name == backend and supports is not None:
+                parts[operation] = _implementation(tree, importer), supports
+    return parts
+
+
+def _registered(statement: Any) -> tuple[str, str, str]:
+    """Operation, backend and importer of a call of `register`."""
+    first = statement.value.args
+    operation, name, importer = first if len(first) == 3 else first[0].value.elts
+    return operation.value, name.value, importer.id
 
 
 def _is_call(statement: Any, name: str) -> bool:
@@ -53,20 +74,21 @@ def _dispatched(function: Any) -> str | None:
     return last.value.args[0].value if any(_is_call(last, name) for name in DISPATCHES) else None
 
 
-def _direct(function: Any, implementation: str, offsets: Offsets) -> list[Edit]:
+def _direct(function: Any, operation: str, implementation: str, offsets: Offsets) -> list[Edit]:
     """Edits that make a public function call its implementation."""
     docstring = docstring_of(function)
     *body, last = [s for s in function.body if s is not docstring]
     items = _items(last.value.args[1], body)
     arguments = ", ".join(f"{key}={_text(value, offsets)}" for key, value in items.items())
-    call = ast.parse(f"run({implementation}, {arguments})", mode="eval").body
+    written = f'run("{operation}", {implementation}, {arguments})'
+    call = ast.parse(written, mode="eval").body
     gathered = f"{ast.unparse(last.value.args[1])}["
     kept = [s for s in body if not _is_check(s) and not (_target(s) or "").startswith(gathered)]
     kept = _without_idle(kept, call)
     edits = [Edit(*lines_of(s, offsets), "") for s in body if s not in kept]
     return [
         *edits,
-        replacing(last, f"return run({implementation}, {arguments})", offsets),
+        replacing(last, f"return {written}", offsets),
         _without_backend(function, offsets),
     ]
 

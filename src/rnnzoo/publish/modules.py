@@ -13,16 +13,22 @@ from .kernel_source import with_one_backend
 from .model_source import for_running
 from .scopes import Reference, bound_names, references
 
-__all__ = ["External", "Module", "Source", "Symbol"]
+__all__ = ["COMPILED", "COMPILED_FILE", "External", "Module", "Source", "Symbol"]
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a module imports from one on the left, it gets from the one on the right.
 SUBSTITUTES = {
     "zoo.core.registry": "publish.flat.registry",
     "kernels.dispatch": "publish.flat.dispatch",
+    "kernels.sources": "publish.flat.sources",
     "kernels.losses": "publish.flat.losses",
     "kernels.gated_linear_attention.softmax_part": "publish.flat.softmax_part",
 }
+
+
+# What the file with the model imports from the file with its kernels in C.
+COMPILED = "publish.flat.compiled"
+COMPILED_FILE = "kernels_rnnzoo.py"
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class Source:
             for names in self._imports(statement):
                 self._bind(module, names, is_package)
         for statement in tree.body:
-            for target in _defined(statement):
+            for target in _defined(statement) or _called_for(statement) & module.definitions.keys():
                 module.definitions.setdefault(target, []).append(statement)
         return module
 
@@ -143,6 +149,10 @@ class Source:
             base = base[: len(base) - node.level + int(is_package)]
             source = ".".join([*base, *([node.module] if node.module else [])])
             source = SUBSTITUTES.get(source, source)
+            if source == COMPILED:
+                stem = COMPILED_FILE.removesuffix(".py")
+                module.bindings.setdefault(local, External(f".{stem}", alias.name, local))
+                continue
             inner = f"{source}.{alias.name}"
             is_module = self.path(inner) is not None
             module.bindings.setdefault(local, inner if is_module else Symbol(source, alias.name))
@@ -151,13 +161,18 @@ class Source:
 
 def _defined(statement: ast.stmt) -> set[str]:
     """Names that a top-level statement defines or changes; none for imports and texts."""
-    if isinstance(statement, (ast.Import, ast.ImportFrom, ast.If)):
+    if isinstance(statement, (ast.Import, ast.ImportFrom, ast.If, ast.Expr)):
         return set()
-    if isinstance(statement, ast.Expr):
-        call = statement.value
-        # A call for its effect belongs to what it is called with.
-        return {a.id for a in call.args if isinstance(a, ast.Name)} if isinstance(call, ast.Call) else set()
     return bound_names([statement]) - {"__all__"}
+
+
+def _called_for(statement: ast.stmt) -> set[str]:
+    """What a call for its effect belongs to: its arguments, and `operator` of `operator.register_fake(...)`."""
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    if not isinstance(call, ast.Call):
+        return set()
+    owner = [call.func.value] if isinstance(call.func, ast.Attribute) else []
+    return {node.id for node in (*call.args, *owner) if isinstance(node, ast.Name)}
 
 
 _KNOWN: dict[tuple[str, str], Module] = {}
