@@ -194,13 +194,10 @@ def _norm(config: RecurrentConfig) -> Facts:
 
 
 def _hedgehog(config: RecurrentConfig) -> Facts:
-    """One token takes the same way as many; a map of features and, without bits, plain rings."""
+    """A map of features, and rings that are plain or in few bits."""
     prototypes = config.feature_map == "prototype"
-    facts = Facts(
-        values={"alone": False, "self.prototypes": prototypes},
-        targets=frozenset({"alone", "self.prototypes"}),
-        members=frozenset({"HedgehogMixer._leaving_features", "HedgehogMixer._step"}),
-    )
+    facts = Facts(values={"self.prototypes": prototypes}, targets=frozenset({"self.prototypes"}))
     if config.ring_bits is None:
-        facts |= Facts(values={"self.bits": None}, targets=frozenset({"self.bits"}))
-    return facts
+        return facts | Facts(values={"self.bits": None}, targets=frozenset({"self.bits"}))
+    packed = {"self.bits is None": False, "self.bits is not None": True, "isinstance(after, HedgehogState)": False}
+    return facts | Facts(values={**packed, "isinstance(ring, Tensor)": False})

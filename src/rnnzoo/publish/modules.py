@@ -26,7 +26,7 @@ SUBSTITUTES = {
 }
 
 
-# What the file with the model imports from the file with its kernels in C.
+# What the file with the model imports from the file with its kernels.
 COMPILED = "publish.flat.compiled"
 COMPILED_FILE = "kernels_rnnzoo.py"
 
@@ -41,11 +41,15 @@ class Symbol:
 
 @dataclass(frozen=True)
 class External:
-    """A name from another package: `import module as local`, or `from module import name as local`."""
+    """A name from another package: `import module as local`, or `from module import name as local`.
+
+    From `COMPILED_FILE`, `home` is the module of rnnzoo that has it.
+    """
 
     module: str
     name: str | None
     local: str
+    home: str | None = None
 
 
 @dataclass
@@ -79,10 +83,11 @@ class Source:
 
     Args:
         facts: module -> what is known of it; what it then does without is left out.
+        elsewhere: modules and packages whose names are imported from `COMPILED_FILE`.
     """
 
-    def __init__(self, facts: Callable[[str], Facts]) -> None:
-        self._facts = facts
+    def __init__(self, facts: Callable[[str], Facts], elsewhere: tuple[str, ...] = ()) -> None:
+        self._facts, self._elsewhere = facts, elsewhere
         self._modules: dict[str, Module] = {}
 
     def path(self, name: str) -> Path | None:
@@ -112,8 +117,9 @@ class Source:
         text = _prepared(path, name.startswith("kernels.") and path.name == "__init__.py")
         facts = self._facts(name).about(text)
         # Configurations differ in few modules.
-        if (module := _KNOWN.get((name, repr(facts)))) is None:
-            module = _KNOWN[name, repr(facts)] = self._parsed(name, fold(text, facts), path.name == "__init__.py")
+        key = name, repr((facts, self._elsewhere))
+        if (module := _KNOWN.get(key)) is None:
+            module = _KNOWN[key] = self._parsed(name, fold(text, facts), path.name == "__init__.py")
         return module
 
     def _parsed(self, name: str, text: str, is_package: bool) -> Module:
@@ -149,9 +155,9 @@ class Source:
             base = base[: len(base) - node.level + int(is_package)]
             source = ".".join([*base, *([node.module] if node.module else [])])
             source = SUBSTITUTES.get(source, source)
-            if source == COMPILED:
+            if any(source == name or source.startswith(f"{name}.") for name in self._elsewhere):
                 stem = COMPILED_FILE.removesuffix(".py")
-                module.bindings.setdefault(local, External(f".{stem}", alias.name, local))
+                module.bindings.setdefault(local, External(f".{stem}", alias.name, local, source))
                 continue
             inner = f"{source}.{alias.name}"
             is_module = self.path(inner) is not None
@@ -176,7 +182,7 @@ def _called_for(statement: ast.stmt) -> set[str]:
 
 
 _KNOWN: dict[tuple[str, str], Module] = {}
-"""Modules by name and what is known of them."""
+"""Modules by name, and what is known of them."""
 
 
 @functools.cache

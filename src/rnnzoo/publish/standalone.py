@@ -2,8 +2,8 @@
 
 The file holds what a configuration reaches: the core, its mixers and configurations, and the `chunked` backend of
 their kernels; branches that the configuration never takes are left out (`features.py`), and docstrings are as full as
-a file of `LINE_LIMIT` lines allows. A second file has the kernels in C (`compiled_source.py`). The cache has no rollback:
-that needs rnnzoo.
+a file of `LINE_LIMIT` lines allows. A second file has the kernels in C, and those of windows (`compiled_source.py`).
+The cache has no rollback: that needs rnnzoo.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .compiled_source import called_operations, compiled_code, compiled_operatio
 from .features import complete, known_features, unused_features
 from .flatten import DETAILS, Flat, flatten
 from .folding import Facts
-from .modules import COMPILED_FILE, Source, Symbol
+from .modules import COMPILED, COMPILED_FILE, Source, Symbol
 
 if TYPE_CHECKING:
     from ..zoo.core.configuration import RecurrentConfig
@@ -31,6 +31,9 @@ AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassi
 # Modules whose names of options say nothing about what a mixer uses.
 CORE = tuple(f"zoo.core.{name}" for name in ("cache", "documents", "generation", "mixer", "modeling", "rotary"))
 CORE += ("zoo.core.recurrences",)
+# Mixers with windows have these kernels in the other file.
+WINDOWED = {"hedgehog", "liger"}
+WINDOWS = ("kernels.gated_linear_attention", "kernels.microscaling", "kernels.window_step")
 
 HEADER = """\
 # SPDX-License-Identifier: Apache-2.0
@@ -49,6 +52,8 @@ def standalone_files(folder: str | Path) -> dict[str, bytes]:
     Raises:
         RnnzooError: no folder, or no model of rnnzoo in it.
     """
+    from ..zoo.core.registry import ATTENTION_TYPES
+
     config = load_config(folder)
     written = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     written["auto_map"] = auto_map(config)
@@ -57,10 +62,14 @@ def standalone_files(folder: str | Path) -> dict[str, bytes]:
     if set(config.layer_types or []) == {config.mixer}:
         written.pop("layer_types", None)
     text = json.dumps(written, indent=2, sort_keys=True) + "\n"
-    code = standalone_code(config)
+    flat, code = _standalone(config)
     files = {CODE_FILE: code.encode(), "config.json": text.encode()}
-    if operations := called_operations(code) & compiled_operations().keys():
-        files[COMPILED_FILE] = compiled_code(frozenset(operations)).encode()
+    if wanted := frozenset(Symbol(e.home, e.name) for e in flat.externals.values() if e.home and e.name):
+        operations = frozenset(called_operations(code) & compiled_operations().keys())
+        # A linear part with a window has no C code of its own.
+        windows_alone = set(config.layer_types or []) - set(ATTENTION_TYPES) == {"hedgehog"}
+        without = frozenset({"gated_linear_attention"} if windows_alone else ())
+        files[COMPILED_FILE] = compiled_code(operations, wanted, without).encode()
     return files
 
 
@@ -100,21 +109,29 @@ def auto_map(config: RecurrentConfig) -> dict[str, str]:
 
 def standalone_code(config: RecurrentConfig) -> str:
     """The source of `CODE_FILE` for a configuration of the zoo."""
+    return _standalone(config)[1]
+
+
+def _standalone(config: RecurrentConfig) -> tuple[Flat, str]:
     features = known_features(config)
     roots = _roots(config)
-    flat = flatten(Source(features.of), roots)
-    features = features.without(unused_features(_mixers_code(flat)))
-    if not called_operations(flat.text("full")) & compiled_operations().keys():
+    elsewhere = (COMPILED, *(WINDOWS if WINDOWED & set(config.layer_types or []) else ()))
+
+    def flattened() -> Flat:
+        return flatten(Source(features.of, elsewhere), roots)
+
+    features = features.without(unused_features(_mixers_code(flattened())))
+    if not called_operations(flattened().text("full")) & compiled_operations().keys():
         features = features.without({"publish.flat.dispatch": Facts(values={"operation in COMPILED": False})})
-    flat = flatten(Source(features.of), roots)
-    text = ""
+    flat, text = flattened(), ""
     for detail in DETAILS:
         if detail == "compact":
-            flat = flatten(Source(features.without(complete(config)).of), roots)
+            features = features.without(complete(config))
+            flat = flattened()
         text = _whole(flat, config, detail)
         if text.count("\n") <= LINE_LIMIT:
             break
-    return text
+    return flat, text
 
 
 def _whole(flat: Flat, config: RecurrentConfig, detail: str) -> str:
