@@ -38,14 +38,6 @@ ROLLBACK = {
     ),
     "zoo.core.generation": Facts(values={"generation_config.is_assistant": False}),
 }
-# One token takes the same way as many.
-MANY = {
-    "kernels.gated_linear_attention.window": Facts(values={"time == 1": False}),
-    "kernels.gated_linear_attention.linear_part": Facts(values={"time == 1": False, "weights.shape[-1] == 1": True}),
-    "kernels.gated_linear_attention.state": Facts(members=frozenset({"WindowState.select"})),
-}
-MANY_IN_WINDOW = {"zoo.core.recurrences": Facts(values={"alone": False}, targets=frozenset({"alone"}))}
-MANY_IN_WINDOW |= {module: MANY[module] for module in MANY if not module.endswith("linear_part")}
 LINEAR = tuple("kernels.gated_linear_attention" + part for part in ("", ".chunked", ".linear_part"))
 WINDOW = {"kernels.gated_linear_attention": Facts(values={"window": None})}
 WINDOW["kernels.gated_linear_attention.chunked"] = WINDOW["kernels.gated_linear_attention"]
@@ -143,8 +135,8 @@ def known_features(config: RecurrentConfig) -> Features:
     if "hedgehog" in _kinds(config):
         hedgehog = _hedgehog(config)
         own = {f"zoo.hedgehog.{file}_hedgehog": hedgehog for file in ("modeling", "features")}
-        return features.without(own | MANY)
-    return features.without(MANY_IN_WINDOW if "liger" in _kinds(config) else WINDOW)
+        return features.without(own)
+    return features if "liger" in _kinds(config) else features.without(WINDOW)
 
 
 def _kinds(config: RecurrentConfig) -> list[str]:

@@ -22,7 +22,6 @@ SUBSTITUTES = {
     "kernels.dispatch": "publish.flat.dispatch",
     "kernels.sources": "publish.flat.sources",
     "kernels.losses": "publish.flat.losses",
-    "kernels.gated_linear_attention.softmax_part": "publish.flat.softmax_part",
 }
 
 
