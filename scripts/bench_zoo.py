@@ -135,20 +135,23 @@ def tokens_per_second(model: Any, tokens: int, repeats: int = 5) -> float:
     return max(rates)
 
 
-def products_per_second(model: Any, budget: float) -> float:
-    """How often a second the matrix products of one token run, one after the other, with nothing in between.
+def products(model: Any, steps: int, budget: float, backward: bool) -> float:
+    """Seconds of the matrix products of so many tokens alone, one layer after the other with nothing in between.
 
-    Decoding one row reads every weight for every token, so nothing with the same weights can be faster.
+    Nothing with the same weights can be faster; decoding one row reads all of them for every token.
     """
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    inputs = [torch.randn(1, 1, layer.in_features) for layer in layers]
+    inputs = [torch.randn(1, steps, layer.in_features, requires_grad=backward) for layer in layers]
+    weights = [torch.randn(1, steps, layer.out_features) for layer in layers]
 
     def run() -> None:
-        for layer, x in zip(layers, inputs, strict=True):
-            layer(x)
+        for layer, x, weight in zip(layers, inputs, weights, strict=True):
+            y = layer(x)
+            if backward:
+                y.backward(weight)
 
-    with torch.no_grad():
-        return 1 / seconds(run, budget=budget)
+    with torch.set_grad_enabled(backward):
+        return seconds(run, budget=budget)
 
 
 def measure(peer: Peer, budget: float, parts: list[str]) -> Iterator[Figure]:
@@ -158,13 +161,14 @@ def measure(peer: Peer, budget: float, parts: list[str]) -> Iterator[Figure]:
         own = seconds(training_step(ours), budget=budget)
         other = seconds(training_step(theirs), budget=budget)
         what = f"{peer.architecture} ({size}), forward and backward, 1 x {TIME}: {1e3 * own:.0f} ms"
-        yield Figure(what, f"transformers {peer.name}", other / own, " x", peer.training)
+        possible = other / products(ours, TIME, budget / 3, backward=True)
+        yield Figure(what, f"transformers {peer.name}; possible {possible:.3g} x", other / own, " x", peer.training)
     if "decode" in parts:
         with torch.no_grad():
             own, other = tokens_per_second(ours, 64), tokens_per_second(theirs, 64)
         what = f"{peer.architecture} ({size}), greedy decoding: {own:.0f} tokens/s"
-        possible = products_per_second(ours, budget / 3) / other
-        yield Figure(what, f"transformers {peer.name}; possible {possible:.2g} x", own / other, " x", DECODING)
+        possible = 1 / (other * products(ours, 1, budget / 3, backward=False))
+        yield Figure(what, f"transformers {peer.name}; possible {possible:.3g} x", own / other, " x", DECODING)
 
 
 @click.command()
