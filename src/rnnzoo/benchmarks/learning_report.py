@@ -88,7 +88,7 @@ def draw(records: Iterable[Record], path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter
 
     rows = _by_architecture(records)
     names = list(rows)
@@ -105,6 +105,11 @@ def draw(records: Iterable[Record], path: Path) -> None:
         axes.grid(axis="y", alpha=0.25)
         if column.logarithmic:
             axes.set_xscale("log")
+            values = [tasks[column.task][column.keys[0]] for tasks in rows.values() if column.task in tasks]
+            narrow = max(values) < 30 * min(values)
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if narrow else (1.0,)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         if column.chance is not None:
             axes.axvline(column.chance, color=LINE, linestyle=":", linewidth=1)
             axes.set_xlim(-0.04, 1.04)
