@@ -84,7 +84,7 @@ def test_gradient_accumulation_is_exact(model, tmp_path):
         "lr_scheduler_type": "constant",
     }
     train(model, tmp_path, per_device_train_batch_size=16, **fixed)
-    train(other, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=8, **fixed)
+    train(other, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4, **fixed)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
