@@ -11,7 +11,8 @@
  */
 #include "vec.h"
 
-enum { CHUNK = 32, BLOCK = 1024 };
+/* FEW_STEPS: floats of a step below which waking other threads takes longer than the work. */
+enum { CHUNK = 32, BLOCK = 1024, FEW_STEPS = 1 << 14 };
 
 /* The blocks of channels: as wide as possible, because memory is read fastest in long rows, but enough for all threads. */
 static i64 block_width(i64 batch, i64 width, i64 threads) {
@@ -164,11 +165,17 @@ void linear_scan_backward(const void *a, const void *x, const uint8_t *codes, co
 }
 
 /* One token: state = a state + x in place, of n floats, and its copy in x's type. */
-void linear_scan_step(const void *a, const void *x, float *state, void *h, i64 n, i64 complex, i64 bf16) {
-    for (i64 i = 0; i < n; i += LANES) {
-        vf factor = load_lanes(a, i, n - i, (int)bf16), input = load_lanes(x, i, n - i, (int)bf16);
-        vf next = times(factor, load_lanes(state, i, n - i, 0), (int)complex, 0) + input;
-        store_lanes(state, i, next, n - i, 0);
-        store_lanes(h, i, next, n - i, (int)bf16);
+INLINE void step(const void *a, const void *x, float *state, void *h, i64 i, i64 left, const int complex, const int bf16) {
+    vf factor = load_lanes(a, i, left, bf16), input = load_lanes(x, i, left, bf16);
+    vf next = times(factor, load_lanes(state, i, left, 0), complex, 0) + input;
+    store_lanes(state, i, next, left, 0);
+    store_lanes(h, i, next, left, bf16);
+}
+void linear_scan_step(const void *a, const void *x, float *state, void *h, i64 n, i64 threads, i64 complex, i64 bf16) {
+    if (threads < 2 || n < FEW_STEPS) {
+        for (i64 i = 0; i < n; i += LANES) step(a, x, state, h, i, n - i, (int)complex, (int)bf16);
+        return;
     }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 i = 0; i < n; i += LANES) step(a, x, state, h, i, n - i, (int)complex, (int)bf16);
 }

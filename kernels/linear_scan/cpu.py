@@ -70,7 +70,7 @@ register_autograd(forward, backward)
 
 @functools.cache
 def _step() -> Callable[..., None]:
-    return function("linear_scan", "linear_scan_step", "ppppiii")
+    return function("linear_scan", "linear_scan_step", "ppppiiii")
 
 
 def linear_scan_step(*, a: Tensor, x: Tensor, state: Tensor) -> Tensor:
@@ -79,6 +79,9 @@ def linear_scan_step(*, a: Tensor, x: Tensor, state: Tensor) -> Tensor:
     if a.dtype != dtype or not (a.is_contiguous() and x.is_contiguous()):
         a, x = a.to(state.dtype).contiguous(), x.to(state.dtype).contiguous()
     h = torch.empty_like(x)
-    pointers = a.data_ptr(), x.data_ptr(), state.data_ptr(), h.data_ptr()
-    _step()(*pointers, state.numel() * (2 if state.is_complex() else 1), state.is_complex(), x.dtype == torch.bfloat16)
+    floats = state.numel() * (2 if state.is_complex() else 1)
+    _step()(
+        *(a.data_ptr(), x.data_ptr(), state.data_ptr(), h.data_ptr(), floats, torch.get_num_threads()),
+        *(state.is_complex(), x.dtype == torch.bfloat16),
+    )
     return h if h.dtype == dtype else h.to(dtype)

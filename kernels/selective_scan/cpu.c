@@ -398,25 +398,36 @@ static vf step_any(float *h, const float *a, const float *b, const float *c, con
     return sum_rows(rows);
 }
 
-/* One step of decoding, in place on state (B, D, N); y (B, D). Lanes are state numbers here, as they lie in memory. */
-void selective_scan_step(const void *x, const void *dt, const float *a, const void *b, const void *c, const float *d,
-                         float *state, void *y, i64 batch, i64 width, i64 states, i64 threads, i64 bf16) {
-    i64 blocks = (width + LANES - 1) / LANES;
-    threads = batch * width * states < 1 << 14 ? 1 : threads; /* waking the others takes longer */
+/* One step of decoding, in place on state (B, D, N); y (B, D). Lanes are state numbers here, as they lie in memory. A
+ * structure, because ctypes takes 0.15 microseconds for each argument, and a small step not many more for its work. */
+typedef struct {
+    const void *x, *dt;
+    const float *a;
+    const void *b, *c;
+    const float *d; /* (D,) or NULL */
+    float *state;
+    void *y;
+    i64 batch, width, states, threads, bf16;
+} Step;
+
+void selective_scan_step(const Step *s) {
+    i64 width = s->width, states = s->states, blocks = (width + LANES - 1) / LANES, tasks = s->batch * blocks;
+    i64 threads = s->batch * width * states < 1 << 14 ? 1 : s->threads; /* waking the others takes longer */
+    int bf16 = (int)s->bf16;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (i64 task = 0; task < batch * blocks; task++) {
+    for (i64 task = 0; task < tasks; task++) {
         i64 row = task / blocks, first = task % blocks * LANES, n = MIN(LANES, width - first), at = row * width + first;
         float maps[2 * PADDED(states)], *to_y = maps + PADDED(states);
-        load_row(maps, b, row * states, states, (int)bf16);
-        load_row(to_y, c, row * states, states, (int)bf16);
-        vf input = load_lanes(x, at, n, (int)bf16), dts = load_lanes(dt, at, n, (int)bf16), out;
+        load_row(maps, s->b, row * states, states, bf16);
+        load_row(to_y, s->c, row * states, states, bf16);
+        vf input = load_lanes(s->x, at, n, bf16), dts = load_lanes(s->dt, at, n, bf16), out;
         float rate[LANES], u[LANES];
         storev(rate, dts * LOG2_E), storev(u, dts * input);
-        float *h = state + at * states;
-        const float *own = a + first * states;
+        float *h = s->state + at * states;
+        const float *own = s->a + first * states;
         if (n == LANES && states == LANES) out = step_square(h, own, maps, to_y, rate, u);
         else out = step_any(h, own, maps, to_y, rate, u, n, states);
-        if (d) out += input * load_lanes(d, first, n, 0);
-        store_lanes(y, at, out, n, (int)bf16);
+        if (s->d) out += input * load_lanes(s->d, first, n, 0);
+        store_lanes(s->y, at, out, n, bf16);
     }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Callable
 
 import torch
@@ -109,7 +110,10 @@ def _numbers(x: Tensor, a: Tensor) -> tuple[int, ...]:
 
 @functools.cache
 def _step() -> Callable[..., None]:
-    return function("selective_scan", "selective_scan_step", "p" * 8 + "i" * 5)
+    return function("selective_scan", "selective_scan_step", "p")
+
+
+_PACK_STEP = struct.Struct("13q").pack  # the structure Step of cpu.c
 
 
 def selective_scan_step(
@@ -124,7 +128,9 @@ def selective_scan_step(
         d = d.float().contiguous()
     y = torch.empty_like(x)
     _step()(
-        *(x.data_ptr(), dt.data_ptr(), a.data_ptr(), b.data_ptr(), c.data_ptr(), None if d is None else d.data_ptr()),
-        *(state.data_ptr(), y.data_ptr(), *state.shape, torch.get_num_threads(), x.dtype == torch.bfloat16),
+        _PACK_STEP(
+            *(x.data_ptr(), dt.data_ptr(), a.data_ptr(), b.data_ptr(), c.data_ptr(), 0 if d is None else d.data_ptr()),
+            *(state.data_ptr(), y.data_ptr(), *state.shape, torch.get_num_threads(), x.dtype == torch.bfloat16),
+        )
     )
     return y if y.dtype == dtype else y.to(dtype)

@@ -164,6 +164,8 @@ def short_conv_step(
     if state.shape != (*x.shape, taps - 1) or x.shape[-1] != channels:
         shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and state {tuple(state.shape)}"
         raise ShapeError(f"{shapes} do not fit; expected (batch, D), (D, W) and (batch, D, W-1).")
+    if bias is not None and bias.shape != (channels,):
+        raise ShapeError(f"bias has shape {tuple(bias.shape)}; expected ({channels},).")
     call = {"x": x, "weight": weight, "bias": bias, "state": state, "activation": activation}
     alike = (x.dtype, weight.dtype, state.dtype, state.device, state.is_contiguous(), taps, activation)
     return dispatch_alike("short_conv_step", call, alike, backend)

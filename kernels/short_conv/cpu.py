@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Callable
 
 import torch
@@ -135,22 +136,20 @@ def short_conv_step(*, x: Tensor, weight: Tensor, bias: Tensor | None, state: Te
     if bias is not None:
         bias = bias.to(weight.dtype).contiguous()
     y = torch.empty_like(x)
+    channels, taps = weight.shape
     _step()(
-        x.data_ptr(),
-        weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        state.data_ptr(),
-        y.data_ptr(),
-        len(x),
-        *weight.shape,
-        activation == "silu",
-        x.dtype == torch.bfloat16,
-        weight.dtype == torch.bfloat16,
-        torch.get_num_threads(),
+        _PACK_STEP(
+            *(x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), state.data_ptr(), y.data_ptr()),
+            *(len(x), channels, taps, activation == "silu", x.dtype == torch.bfloat16),
+            *(weight.dtype == torch.bfloat16, torch.get_num_threads()),
+        )
     )
     return y
 
 
+_PACK_STEP = struct.Struct("12q").pack  # the structure Step of cpu.c
+
+
 @functools.cache
 def _step() -> Callable[..., None]:
-    return function("short_conv", "short_conv_step", "pppppiiiiiii")
+    return function("short_conv", "short_conv_step", "p")

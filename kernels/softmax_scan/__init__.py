@@ -168,11 +168,22 @@ def softmax_scan_step(
         state: as of `softmax_scan`. decay, bonus: likewise.
     Returns:
         out: (B, H, V) in v's dtype.
+    Raises:
+        ShapeError: where the shapes do not fit together.
     """
-    if v.shape != state[1].shape or not k.shape == state[0].shape == state[2].shape or k.shape[:2] != v.shape[:2]:
+    maximum, numerator, denominator = state
+    shape, scores = v.shape, k.shape
+    fit = shape == numerator.shape and scores == maximum.shape and scores == denominator.shape
+    if not (fit and len(shape) == 3 and (scores == shape or scores == (*shape[:2], 1))):
         shapes = ", ".join(str(tuple(x.shape)) for x in state)
-        raise ShapeError(f"k has shape {tuple(k.shape)}, v {tuple(v.shape)}, the state {shapes}; they do not fit.")
+        raise ShapeError(f"k has shape {tuple(scores)}, v {tuple(shape)}, the state {shapes}; they do not fit.")
+    for name, tensor in (("decay", decay), ("bonus", bonus)):
+        if tensor is not None and tensor.shape != scores[1:]:
+            expect(name, tensor, tuple(scores[1:]))
     call = {"k": k, "v": v, "state": state, "decay": decay, "bonus": bonus}
-    alike = (k.dtype, v.dtype, decay is None or decay.dtype, bonus is None or bonus.dtype, k.shape[2])
-    alike += tuple((x.dtype, x.device, x.is_contiguous()) for x in state)
+    alike = (
+        *(k.dtype, v.dtype, decay is None or decay.dtype, bonus is None or bonus.dtype),
+        *(maximum.dtype, maximum.is_contiguous(), maximum.device, numerator.dtype, numerator.is_contiguous()),
+        *(denominator.dtype, denominator.is_contiguous()),
+    )
     return dispatch_alike("softmax_scan_step", call, alike, backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Callable
 
 import torch
@@ -14,8 +15,6 @@ from ..steps import step_codes
 from .state import SoftmaxState
 
 CHUNK = 16  # as in cpu.c
-
-STEP_PARALLEL = 4096  # a step of fewer channels is over before other threads have woken up
 
 
 def softmax_scan(
@@ -129,25 +128,33 @@ forward.register_autograd(_gradients, setup_context=_remember)
 
 @functools.cache
 def _step() -> Callable[..., None]:
-    return function("softmax_scan", "softmax_scan_forward", "p" * 13 + "i" * 6)
+    return function("softmax_scan", "softmax_scan_step", "p")
+
+
+_PACK_STEP = struct.Struct("13q").pack  # the structure Step of cpu.c
 
 
 def softmax_scan_step(
     *, k: Tensor, v: Tensor, state: SoftmaxState, decay: Tensor | None, bonus: Tensor | None
 ) -> Tensor:
-    """See `kernels.softmax_scan_step`: forward over one step, whose final state is written over the initial one."""
+    """See `kernels.softmax_scan_step`. A plain call: a custom operator would cost more than the work."""
     dtype = v.dtype
-    if k.dtype != dtype or not (k.is_contiguous() and v.is_contiguous()):
-        k, v = k.float().contiguous(), v.float().contiguous()
+    if k.dtype != dtype:
+        k, v = k.float(), v.float()
+    k, v = k.contiguous(), v.contiguous()
     if decay is not None:
         decay = decay.float().contiguous()
     if bonus is not None:
         bonus = bonus.float().contiguous()
+    maximum, numerator, denominator = state
     out = torch.empty_like(v)
     batch, heads, scores = k.shape
-    pointers = [x.data_ptr() for x in state]
-    parameters = [None if x is None else x.data_ptr() for x in (decay, bonus)]
-    threads = 1 if v.numel() < STEP_PARALLEL else torch.get_num_threads()
-    sizes = batch, 1, heads * scores, v.shape[2] // scores, threads, v.dtype == torch.bfloat16
-    _step()(k.data_ptr(), v.data_ptr(), *parameters, *pointers, None, out.data_ptr(), *pointers, None, *sizes)
+    _step()(
+        _PACK_STEP(
+            *(k.data_ptr(), v.data_ptr(), 0 if decay is None else decay.data_ptr()),
+            *(0 if bonus is None else bonus.data_ptr(), maximum.data_ptr(), numerator.data_ptr()),
+            *(denominator.data_ptr(), out.data_ptr(), batch, heads * scores, v.shape[2] // scores),
+            *(torch.get_num_threads(), v.dtype == torch.bfloat16),
+        )
+    )
     return out if out.dtype == dtype else out.to(dtype)
