@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ...zoo.core.cache import CACHE_NAME
 from .prompts import FOLLOW_UPS, OPENINGS, QUESTIONS, TOPICS
 
 __all__ = ["sample_from_teacher"]
@@ -160,7 +161,7 @@ def _converse(
         if step == length - 1:
             return
         ids = torch.tensor(current, device=model.device).unsqueeze(1)
-        sampled = draw(model(ids, past_key_values=cache, use_cache=True).logits[:, -1].float())
+        sampled = draw(model(ids, use_cache=True, **{CACHE_NAME: cache}).logits[:, -1].float())
         if step % 16 == 0:
             report(step)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ...zoo.core.cache import CACHE_NAME
 from .window_baseline import active_window
 
 __all__ = ["Progress", "Stream", "cache_bytes", "encode", "log_probs", "no_progress", "prefix_token", "token_log_probs"]
@@ -111,13 +112,13 @@ class Stream:
     @torch.no_grad()
     def advance(self, ids: Tensor) -> Tensor:
         """Reads ids (B, T); returns hidden states (B, T, D)."""
-        inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": self.cache, "use_cache": True}
+        inputs: dict[str, Any] = {"input_ids": ids, CACHE_NAME: self.cache, "use_cache": True}
         if self.cache is None or type(self.cache) is DynamicCache:
             inputs["position_ids"] = torch.arange(self.seen, self.seen + ids.shape[1], device=ids.device)[None]
         if self.window:
             self.window.dropped = self.seen - self.cache.get_seq_length()
         output = self.model.base_model(**inputs)
-        self.cache = output.past_key_values
+        self.cache = getattr(output, CACHE_NAME)
         self.seen += ids.shape[1]
         if self.window:
             for layer in self.cache.layers:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.losses import linear_cross_entropy
-from ...zoo.core.cache import RecurrentCache
+from ...zoo.core.cache import CACHE_NAME, RecurrentCache
 from .cached_teacher import repeated
 from .lora import trainable
 from .other_teacher import twin_of
@@ -75,7 +75,7 @@ class ExtendContext(StageTrainer):
         for first in range(begin, end, self.stage.chunk):
             columns = slice(first, min(first + self.stage.chunk, end))
             documents = None if seq_ids is None else seq_ids[:, columns]
-            hidden = final_hidden(model, ids[:, columns], documents, past_key_values=self.caches[0], use_cache=True)
+            hidden = final_hidden(model, ids[:, columns], documents, use_cache=True, **{CACHE_NAME: self.caches[0]})
             teacher = self._teacher(ids[:, columns], documents, known[:, columns])
             divergence, entropy = self._sums(
                 hidden.flatten(0, 1), model, teacher, labels[:, columns].flatten(), known[:, columns].flatten()
@@ -103,7 +103,7 @@ class ExtendContext(StageTrainer):
         """
         if self.twin is None or not bool(known.any()):
             return None
-        hidden = final_hidden(self.twin, ids, seq_ids, past_key_values=self.caches[1], use_cache=True)
+        hidden = final_hidden(self.twin, ids, seq_ids, use_cache=True, **{CACHE_NAME: self.caches[1]})
         return Whole(hidden.flatten(0, 1), self.twin.lm_head.weight[: self.model.config.vocab_size])
 
     def _sums(

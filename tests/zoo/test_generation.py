@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+
 import pytest
 import torch
 import transformers
 
 from rnnzoo.kernels.errors import RnnzooError
-from rnnzoo.zoo.core.cache import RecurrentCache
+from rnnzoo.zoo.core.cache import CACHE_NAME, RecurrentCache
+from rnnzoo.zoo.core.modeling import RecurrentForSequenceClassification
 from rnnzoo.zoo.core.registry import mixer_class
 from rnnzoo.zoo.mamba2.configuration_mamba2 import Mamba2Config
 from rnnzoo.zoo.mamba2.modeling_mamba2 import Mamba2ForCausalLM
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+NAMES = ["cache", "past_key_values", "cache_params"]
 
 
 @pytest.fixture
@@ -81,7 +86,7 @@ def test_assisted_decoding_equals_greedy(stack, make_model, seed):
 def test_a_cache_from_one_call_continues_the_conversation_in_the_next(model):
     first = model.generate(prompt(), return_dict_in_generate=True, **GREEDY)
     asked = torch.cat([first.sequences, prompt(time=3)], 1)
-    second = model.generate(asked, past_key_values=first.past_key_values, **GREEDY)
+    second = model.generate(asked, **{CACHE_NAME: first[CACHE_NAME]}, **GREEDY)
     assert torch.equal(second, recomputed(model, asked, 10))
 
 
@@ -93,13 +98,14 @@ def test_generation_from_embeddings_equals_generation_from_tokens(model):
 
 def test_recurrent_states_have_the_same_size_at_any_length(stack, make_model):
     model = make_model(stack)
-    sizes = [model(prompt(time=n), use_cache=True).past_key_values.num_bytes() for n in (8, 16, 64)]
+    sizes = [model(prompt(time=n), use_cache=True)[CACHE_NAME].num_bytes() for n in (8, 16, 64)]
     growing = any(mixer_class(name.split(":")[0]).complexity.endswith("/ T") for name in stack)
     assert (sizes[0] == sizes[1] == sizes[2]) == (not growing)
     assert all(size > 0 for size in sizes)
 
 
-def test_a_class_whose_name_contains_mamba_generates_and_takes_cache_params():
+def test_a_class_whose_name_contains_mamba_generates():
+    # transformers up to 5.23 gives such classes their cache under another name.
     torch.manual_seed(0)
     config = Mamba2Config(vocab_size=61, hidden_size=32, num_hidden_layers=2, ssm_state_size=8, initializer_range=0.2)
     model = Mamba2ForCausalLM(config).double().eval()
@@ -109,21 +115,69 @@ def test_a_class_whose_name_contains_mamba_generates_and_takes_cache_params():
     cache = RecurrentCache(config)
     with torch.no_grad():
         model(prompt()[:, :4], cache_params=cache)
-    assert cache.get_seq_length() == 4
     assert torch.equal(model.generate(prompt(), cache_params=cache, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_cache_is_taken_under_every_name_it_ever_had(make_model, name):
+    model = make_model(("mamba2", "supra"))
+    cache = RecurrentCache(model.config)
+    model(prompt()[:, :4], **{name: cache})
+    assert cache.get_seq_length() == 4
+    torch.testing.assert_close(model(prompt()[:, 4:], **{name: cache}).logits, model(prompt()).logits[:, 4:])
+    bare = RecurrentCache(model.config)
+    model.model(prompt(), **{name: bare})
+    assert bare.get_seq_length() == 7
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_continues_a_cache_under_every_name_it_ever_had(make_model, name):
+    model = make_model(("mamba2", "supra"))
+    cache = RecurrentCache(model.config)
+    with torch.no_grad():
+        model(prompt()[:, :4], cache=cache)
+    assert torch.equal(model.generate(prompt(), **{name: cache}, **GREEDY), recomputed(model, prompt(), 10))
+    assert cache.get_seq_length() == 16
+
+
+def test_a_cache_is_returned_under_every_name_that_the_installed_transformers_knows(make_model):
+    model = make_model(("mamba2", "supra"))
+    generated = model.generate(prompt(), return_dict_in_generate=True, **GREEDY)
+    for output in (model(prompt(), use_cache=True), model.model(prompt(), use_cache=True), generated):
+        known = [name for name in NAMES if hasattr(output, name)]
+        assert CACHE_NAME in known and "past_key_values" in known
+        assert all(isinstance(getattr(output, name), RecurrentCache) for name in known)
+
+
+def test_no_deprecated_name_of_the_cache_is_used(make_model, monkeypatch):
+    said = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda logger, message, *args: said.append(message))
+    model = make_model(("mamba2", "supra"))
+    classifier = RecurrentForSequenceClassification(model.config).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache = RecurrentCache(model.config)
+        model(prompt(), cache=cache, use_cache=True)
+        classifier(prompt(), use_cache=True)
+        model.generate(prompt(2), num_beams=2, **GREEDY)
+        model.generate(prompt(), prompt_lookup_num_tokens=3, **GREEDY)
+        model.generate(torch.cat([prompt(), prompt(time=2)], 1), **{CACHE_NAME: cache}, **GREEDY)
+        model.train()(prompt(), labels=prompt(), use_cache=True).loss.backward()
+    assert not [message for message in said if "past_key_values" in message]
 
 
 def test_foreign_caches_are_refused_in_one_sentence(make_model):
     model = make_model(("supra",))
     with pytest.raises(RnnzooError, match="DynamicCache.*RecurrentCache"):
-        model(prompt(), past_key_values=transformers.DynamicCache())
+        model(prompt(), cache=transformers.DynamicCache())
     with pytest.raises(RnnzooError, match="cache_implementation='static'"):
         model.generate(prompt(), cache_implementation="static", **GREEDY)
 
 
 def test_cropping_what_was_not_recorded_is_refused(make_model):
     model = make_model(("supra",))
-    cache = model(prompt(), use_cache=True).past_key_values
+    cache = model(prompt(), use_cache=True)[CACHE_NAME]
     cache.crop(0)
     with pytest.raises(RnnzooError, match="remove 2 tokens, but 0 were recorded"):
         cache.crop(-2)
@@ -134,26 +188,26 @@ def test_cropping_what_was_not_recorded_is_refused(make_model):
 @torch.no_grad()
 def test_rows_of_a_cache_can_be_repeated_and_selected(model):
     ids, more = prompt(2), prompt(2, 3)
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[CACHE_NAME]
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([True, False, False, True]))
     expected = model(torch.cat([ids, more], 1)).logits[:, -3:]
-    torch.testing.assert_close(model(more, past_key_values=cache).logits, expected)
+    torch.testing.assert_close(model(more, cache=cache).logits, expected)
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.num_bytes() == 0
-    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
+    torch.testing.assert_close(model(ids, cache=cache).logits, model(ids).logits)
 
 
 @torch.no_grad()
 def test_decoding_keeps_to_the_memory_of_the_state_unless_a_rollback_needs_it(make_model):
     model = make_model(["mamba2", "supra"])
     cache = RecurrentCache(model.config)
-    model(prompt(), past_key_values=cache)
+    model(prompt(), cache=cache)
     where = [x.data_ptr() for x in cache.states[0].tensors()]
-    model(prompt(time=1), past_key_values=cache)
+    model(prompt(time=1), cache=cache)
     assert [x.data_ptr() for x in cache.states[0].tensors()] == where
     before = [x.clone() for x in cache.states[0].tensors()]
     cache.activate_past_recording()
-    model(prompt(time=1), past_key_values=cache)
+    model(prompt(time=1), cache=cache)
     cache.crop(-1)
     assert all(torch.equal(x, y) for x, y in zip(cache.states[0].tensors(), before, strict=True))

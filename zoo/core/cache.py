@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ...kernels.errors import RnnzooError
 from .documents import Layout, Progress, lay_out
@@ -23,7 +24,11 @@ from .mixer import MixerState
 if TYPE_CHECKING:
     from .modeling import RecurrentModel
 
-__all__ = ["RecurrentCache"]
+__all__ = ["CACHE_NAME", "RecurrentCache"]
+
+# What transformers calls a cache in arguments and outputs: "cache" from 5.24 on, "past_key_values" before.
+_FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+CACHE_NAME = "cache" if "cache" in _FIELDS else "past_key_values"
 
 
 @dataclasses.dataclass
@@ -61,7 +66,7 @@ class _Checkpoint:
 
 
 class RecurrentCache(Cache):
-    """States of all layers. Give it as `past_key_values`; a model called with `use_cache=True` makes one itself.
+    """States of all layers. Give it as `cache` (or `past_key_values`); a model with `use_cache=True` makes one itself.
 
     Args:
         num_layers: number of layers of the model, or its configuration.
@@ -157,6 +162,11 @@ class RecurrentCache(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
+        return [False] * len(self)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        # Read by generate(), which leaves out what a cache has read only where not all layers are.
         return [False] * len(self)
 
     def num_bytes(self) -> int:

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from transformers.generation import GenerationMixin
 
 from ...kernels.errors import RnnzooError
-from .cache import RecurrentCache
+from .cache import CACHE_NAME, RecurrentCache
+from .decoding import replaying
 
 __all__ = ["RecurrentGenerationMixin"]
 
@@ -14,21 +15,26 @@ __all__ = ["RecurrentGenerationMixin"]
 class RecurrentGenerationMixin(GenerationMixin):
     """generate() with a `RecurrentCache`."""
 
+    def generate(self, *args, **kwargs):
+        """As in transformers; on a CPU, tokens after the second are replayed (`decoding.py`)."""
+        with replaying(self):
+            return super().generate(*args, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: RecurrentCache | None = None,
-        attention_mask: Tensor | None = None,
+        *,
         inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
         prefix_mask: Tensor | None = None,
         **kwargs,
     ) -> dict:
         """As in transformers; and of `prefix_mask`, which is given for the prompt, each call gets its own columns."""
-        own = (input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, is_first_iteration)
-        inputs = super().prepare_inputs_for_generation(*own, **kwargs)
-        start = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # generate() looks for inputs_embeds in the signature; the cache goes by a name that depends on the version.
+        kwargs |= {"next_sequence_length": next_sequence_length, "inputs_embeds": inputs_embeds}
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        cache = inputs.get(CACHE_NAME)
+        start = 0 if cache is None else cache.get_seq_length()
         if prefix_mask is not None and start < prefix_mask.shape[1]:
             given = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
             columns = prefix_mask[:, start : start + given.shape[1]]
@@ -42,12 +48,12 @@ class RecurrentGenerationMixin(GenerationMixin):
                 f"cache_implementation='{generation_config.cache_implementation}' does not apply: recurrent models "
                 "have a cache of their own, of constant size. Leave the argument out."
             )
-        given = model_kwargs.pop("cache_params", None)
-        if model_kwargs.get("past_key_values") is None and given is not None:
-            model_kwargs["past_key_values"] = given
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
+        names = ("cache", "past_key_values", "cache_params")
+        given = [cache for cache in (model_kwargs.pop(name, None) for name in names) if cache is not None]
+        if given:
+            model_kwargs[CACHE_NAME] = given[0]
+            given[0]._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = RecurrentCache(self.config)
+            model_kwargs[CACHE_NAME] = RecurrentCache(self.config)
             if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+                model_kwargs[CACHE_NAME].activate_past_recording()

@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 from ...kernels.errors import RnnzooError, ShapeError
 from ...kernels.losses import linear_cross_entropy
 from . import attention as _attention  # noqa: F401  registers the layer types of hybrids
-from .cache import RecurrentCache
+from .cache import CACHE_NAME, RecurrentCache
 from .configuration import RecurrentConfig
 from .documents import Layout, documents_from_lengths, documents_from_positions, lay_out, padding_mask, prefix_tokens
 from .generation import RecurrentGenerationMixin
@@ -100,7 +100,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RecurrentBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values", "cache_params"]
     _supports_sdpa = True
     _tp_plan = {"lm_head": "colwise_gather_output"}
     # Read by generate() only to refuse assisted decoding, which our cache can do: it rolls back.
@@ -159,12 +159,13 @@ class RecurrentModel(RecurrentPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: RecurrentCache | None = None,
+        cache: RecurrentCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         seq_ids: Tensor | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
         cache_params: RecurrentCache | None = None,
         output_hidden_states: bool | None = None,
         prefix_mask: Tensor | None = None,
@@ -177,7 +178,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             attention_mask: (B, T) or (B, past + T), 0 or False for padding, which may stand anywhere.
             position_ids: (B, T); used only to find packed documents, whose positions start again at 0. The model counts
                 positions itself, padding excluded.
-            past_key_values: continued, and updated in place. `cache_params` is another name for it.
+            cache: continued, and updated in place. `past_key_values` and `cache_params` are older names for it.
             use_cache: return a cache; by default `config.use_cache`, and off in training.
             seq_ids: (B, T) integers, packed documents; `seq_idx` and, for one row, `cu_seq_lens_q` say the same. With a
                 cache, a first id that differs from the last call's starts a new document.
@@ -202,7 +203,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if ids is None:
             ids = documents_from_positions(position_ids, mask, *shape)
 
-        cache = self._cache(past_key_values if past_key_values is not None else cache_params, use_cache)
+        cache = self._cache(_first_given(cache, past_key_values, cache_params), use_cache)
         prefix = None
         if prefix_mask is not None:
             if not any("prefix_mask" in mixer_class(kind).columns for kind in set(self.config.layer_types)):
@@ -238,15 +239,15 @@ class RecurrentModel(RecurrentPreTrainedModel):
             hidden = self.perspectives(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=cache,
             hidden_states=(*all_hidden, hidden) if collect else None,
+            **{CACHE_NAME: cache},
         )
 
     def _cache(self, given: RecurrentCache | None, use_cache: bool | None) -> RecurrentCache | None:
         if given is not None:
             if not isinstance(given, RecurrentCache):
                 raise RnnzooError(
-                    f"past_key_values is a {type(given).__name__}, but recurrent models keep their state in a "
+                    f"The cache is a {type(given).__name__}, but recurrent models keep their state in a "
                     "RecurrentCache; leave it out, or pass rnnzoo.zoo.RecurrentCache(model.config)."
                 )
             return given
@@ -294,12 +295,13 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: RecurrentCache | None = None,
+        cache: RecurrentCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         seq_ids: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
         cache_params: RecurrentCache | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -318,12 +320,11 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=_first_given(cache, past_key_values, cache_params),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             seq_ids=seq_ids,
             seq_idx=seq_idx,
-            cache_params=cache_params,
             output_hidden_states=output_hidden_states,
             prefix_mask=prefix_mask,
             **kwargs,
@@ -339,7 +340,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}
         )
 
     def _may_fuse(self, logits_to_keep: int | Tensor) -> bool:
@@ -390,7 +391,7 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: RecurrentCache | None = None,
+        cache: RecurrentCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -408,7 +409,7 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -421,7 +422,7 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits=pooled, labels=labels, pooled_logits=pooled, config=self.config)
         return SequenceClassifierOutputWithPast(
-            loss=loss, logits=pooled, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=pooled, hidden_states=outputs.hidden_states, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}
         )
 
     def _last_token(self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | int:
@@ -438,6 +439,10 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
                 "padding from tokens."
             )
         return (torch.arange(time, device=hidden.device) * token.to(hidden.device)).argmax(-1)
+
+
+def _first_given(*caches: RecurrentCache | None) -> RecurrentCache | None:
+    return next((cache for cache in caches if cache is not None), None)
 
 
 def model_classes(
