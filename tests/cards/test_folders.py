@@ -75,12 +75,13 @@ def test_the_bytes_of_state_are_those_of_the_model_itself(model):
     import torch
 
     from rnnzoo.cli.facts import model_facts
+    from rnnzoo.zoo.core.cache import CACHE_NAME
     from rnnzoo.zoo.mamba.configuration_mamba import MambaConfig
     from rnnzoo.zoo.mamba.modeling_mamba import MambaForCausalLM
 
     facts = model_facts(model)
     real = MambaForCausalLM(MambaConfig.from_pretrained(model)).bfloat16().eval()
-    sizes = [real(torch.ones(1, n, dtype=torch.long), use_cache=True).past_key_values.num_bytes() for n in (64, 128)]
+    sizes = [real(torch.ones(1, n, dtype=torch.long), use_cache=True)[CACHE_NAME].num_bytes() for n in (64, 128)]
     assert facts["state_bytes_per_token"] == (sizes[1] - sizes[0]) // 64
     assert facts["state_bytes"] == sizes[0] - 64 * facts["state_bytes_per_token"] == sum(facts["layer_state_bytes"])
 

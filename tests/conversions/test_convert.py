@@ -20,7 +20,7 @@ from rnnzoo.conversions.recipes import load_recipe
 from rnnzoo.conversions.run import Run
 from rnnzoo.conversions.stages import calibrate as calibrate_module
 from rnnzoo.kernels.errors import RnnzooError
-from rnnzoo.zoo.core.cache import RecurrentCache
+from rnnzoo.zoo.core.cache import CACHE_NAME, RecurrentCache
 
 from ..end_to_end.conftest import write_documents
 from .tiny import tiny_teacher
@@ -138,7 +138,7 @@ def test_state_is_what_results_say_and_of_one_size(conversions, case):
     cache = RecurrentCache(model.config)
     sizes = set()
     for length in (10, 90, 900):
-        model(torch.randint(3, 310, (1, length)), past_key_values=cache)
+        model(torch.randint(3, 310, (1, length)), cache=cache)
         sizes.add(cache.num_bytes())
     assert sizes == {results["model"]["state_bytes"]}
     if case[1] == "rnnzoo":
@@ -287,7 +287,7 @@ def test_bfloat16_is_what_is_planned_and_saved(teachers, recipes, data, tmp_path
     planned = make_plan(teachers["llama"], recipes[recipe], **options).to_dict()
     model = AutoModelForCausalLM.from_pretrained(out)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and results["model"]["dtype"] == "bfloat16"
-    cache = model(torch.randint(3, 310, (1, 50)), use_cache=True).past_key_values
+    cache = model(torch.randint(3, 310, (1, 50)), use_cache=True)[CACHE_NAME]
     assert cache.num_bytes() == results["model"]["state_bytes"]
     if recipe == "rnnzoo":
         assert cache.num_bytes() <= planned["state_bytes"] == 40_000

@@ -11,6 +11,7 @@ from rnnzoo.conversions.data import default_corpus, python_prose, sampling
 from rnnzoo.conversions.data.installed import _clean
 from rnnzoo.conversions.data.prompts import TOPICS
 from rnnzoo.conversions.data.sampling import sample_from_teacher
+from rnnzoo.zoo.core.cache import CACHE_NAME
 
 from .tiny import TINY_FAMILIES, tiny_model, tiny_tokenizer
 
@@ -59,7 +60,7 @@ def test_decoding_token_by_token_gives_the_teachers_logits(family):
     with torch.no_grad():
         whole = model(ids).logits
         with sampling._decoding(model):
-            steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(300)]
+            steps = [model(ids[:, t : t + 1], use_cache=True, **{CACHE_NAME: cache}).logits for t in range(300)]
     torch.testing.assert_close(torch.cat(steps, 1), whole)
 
 

@@ -248,7 +248,7 @@ def test_hedgehog_with_a_window_over_all_is_the_teacher(teachers, variant, featu
     expected = teacher[1](some_ids()).logits
     torch.testing.assert_close(student(some_ids()).logits, expected, rtol=1e-4, atol=1e-4)
     cache = RecurrentCache(student.config)
-    parts = [student(part, past_key_values=cache).logits for part in some_ids()[:1].split([30, 1, 1, 8], 1)]
+    parts = [student(part, cache=cache).logits for part in some_ids()[:1].split([30, 1, 1, 8], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected[:1], rtol=1e-4, atol=1e-4)
 
 
@@ -270,7 +270,7 @@ def test_state_bytes_are_those_of_the_cache_at_any_length(teachers, mixer, optio
     said = state_bytes(student.config, dtype)
     cache = RecurrentCache(student.config)
     for length in (10, 1, 89, 400):
-        student(some_ids(length)[:1], past_key_values=cache)
+        student(some_ids(length)[:1], cache=cache)
         assert cache.num_bytes() == said
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rnnzoo.cli.list_command import facts
+from rnnzoo.zoo.core.cache import CACHE_NAME
 from rnnzoo.zoo.core.registry import architectures, mixer_class
 from rnnzoo.zoo.core.sizes import architecture_config
 
@@ -79,5 +80,5 @@ def test_lora_names_of_the_page_are_adapted_and_trained(name, zoo):
         whole = adapted(input_ids=ids, **prefix).logits
         read = adapted(input_ids=ids[:, :8], use_cache=True, **{key: value[:, :8] for key, value in prefix.items()})
         for column in range(8, 12):
-            step = adapted(input_ids=ids[:, column : column + 1], past_key_values=read.past_key_values).logits
+            step = adapted(input_ids=ids[:, column : column + 1], cache=read[CACHE_NAME]).logits
             torch.testing.assert_close(step[:, 0], whole[:, column], atol=1e-4, rtol=1e-4)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import rnnzoo  # noqa: F401  (registers the Auto classes)
+from rnnzoo.zoo.core.cache import CACHE_NAME
 
 PROMPTS = ["The quiet river crosses", "Once", "The old painter remembers the bright garden in the winter and"]
 
@@ -44,10 +45,10 @@ def test_model_is_recurrent_and_its_state_has_one_size(model):
     assert model.config.model_type.startswith("rnnzoo-")
     ids = torch.randint(3, 300, (1, 200))
     with torch.no_grad():
-        short = model(ids[:, :150], use_cache=True).past_key_values
+        short = model(ids[:, :150], use_cache=True)[CACHE_NAME]
         sizes = [
             short.num_bytes(),
-            model(ids[:, 150:], past_key_values=short, use_cache=True).past_key_values.num_bytes(),
+            model(ids[:, 150:], cache=short, use_cache=True)[CACHE_NAME].num_bytes(),
         ]
     assert sizes[0] == sizes[1] > 0
 

@@ -56,7 +56,7 @@ def test_sizes_told_in_advance_are_those_of_the_model_and_its_cache(types):
     model = RecurrentForCausalLM(config).eval()
     assert parameter_count(config) == sum(p.numel() for p in model.parameters())
     cache = RecurrentCache(config)
-    model(torch.arange(12)[None], past_key_values=cache)
+    model(torch.arange(12)[None], cache=cache)
     used = sum(state.num_bytes() for state, kind in zip(cache.states, types, strict=True) if kind != "full_attention")
     assert state_bytes(config, torch.float32) + window_bytes(config, torch.float32) == used
 

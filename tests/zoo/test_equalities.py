@@ -9,6 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rnnzoo.zoo.core.cache import CACHE_NAME
+
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 SETTINGS = settings(
     max_examples=6, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -49,8 +51,8 @@ def in_pieces(model, ids, pieces, **columns):
     for length in pieces:
         cut = slice(start, start + length)
         extra = {name: value[:, cut] for name, value in columns.items() if value is not None}
-        out = model(ids[:, cut], past_key_values=cache, use_cache=True, **extra)
-        cache, start = out.past_key_values, start + length
+        out = model(ids[:, cut], cache=cache, use_cache=True, **extra)
+        cache, start = out[CACHE_NAME], start + length
         outputs.append(out.last_hidden_state)
     return torch.cat(outputs, 1), cache
 
@@ -119,7 +121,7 @@ def test_padding_anywhere_changes_nothing(models, sizes, counts, spare, cuts, se
 
 
 def _continue(model, cache, more):
-    return torch.cat([model(part, past_key_values=cache).last_hidden_state for part in more.split([1, 2], 1)], 1)
+    return torch.cat([model(part, cache=cache).last_hidden_state for part in more.split([1, 2], 1)], 1)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -157,13 +159,13 @@ def test_beams_reordered_equal_recomputed(models, sizes, time, order, seed):
     model, ids, order = models(*sizes), tokens(seed, 3, time), torch.tensor(order)
     mask = torch.ones(3, time, dtype=torch.long)
     mask[1, : time // 2] = 0
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache = model(ids, attention_mask=mask, use_cache=True)[CACHE_NAME]
     cache.reorder_cache(order)
     more = tokens(seed + 1, len(order), 2)
     recomputed = model(
         torch.cat([ids[order], more], 1), attention_mask=torch.cat([mask[order], torch.ones_like(more)], 1)
     ).last_hidden_state
-    close(model(more, past_key_values=cache).last_hidden_state, recomputed[:, time:])
+    close(model(more, cache=cache).last_hidden_state, recomputed[:, time:])
 
 
 @given(heads, st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 24), st.booleans(), seeds)
@@ -182,13 +184,13 @@ def test_tokens_taken_back_equal_tokens_never_seen(models, sizes, pieces, remove
     for length in pieces:
         done = cache.get_seq_length()
         columns = None if mask is None else mask[:, : done + length]
-        model(ids[:, done : done + length], attention_mask=columns, past_key_values=cache)
+        model(ids[:, done : done + length], attention_mask=columns, cache=cache)
     cache.crop(-removed)
     assert cache.get_seq_length() == kept
     more = tokens(seed + 1, 2, 3)
     whole = torch.cat([ids[:, :kept], more], 1)
     columns = None if mask is None else torch.cat([mask[:, :kept], torch.ones_like(more).bool()], 1)
     close(
-        model(more, attention_mask=columns, past_key_values=cache).last_hidden_state,
+        model(more, attention_mask=columns, cache=cache).last_hidden_state,
         model(whole, attention_mask=columns).last_hidden_state[:, kept:],
     )

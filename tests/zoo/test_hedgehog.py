@@ -153,7 +153,7 @@ def test_token_by_token_is_the_same_far_beyond_the_trained_positions(feature_map
     ids = torch.randint(0, 61, (2, 60))
     expected = model(ids).logits
     cache = RecurrentCache(model.config)
-    parts = [model(part, past_key_values=cache).logits for part in ids.split([5, *[1] * 20, 2, 33], 1)]
+    parts = [model(part, cache=cache).logits for part in ids.split([5, *[1] * 20, 2, 33], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-8, atol=1e-8)
 
 
@@ -208,7 +208,7 @@ def test_one_branch_alone_is_a_model_that_has_no_other(feature_map, branch):
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-9, atol=1e-9)
         cache, steps = RecurrentCache(model.config), []
         for token in ids.split(1, 1):
-            steps.append(model(token, past_key_values=cache, use_cache=True).logits)
+            steps.append(model(token, cache=cache, use_cache=True).logits)
         torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(expected, whole)
     assert torch.equal(model(ids).logits, whole)
@@ -267,7 +267,7 @@ def test_layers_of_different_feature_widths_decode_as_they_read(feature_map, bit
     with torch.no_grad():
         whole = model(ids).logits
         for token in ids.split(1, 1):
-            steps.append(model(token, past_key_values=cache).logits)
+            steps.append(model(token, cache=cache).logits)
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
     assert 2 * state_bytes(model.config, model.dtype) == sum(state.num_bytes() for state in cache.states)
 

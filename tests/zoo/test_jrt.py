@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rnnzoo.kernels.errors import RnnzooError, ShapeError
-from rnnzoo.zoo.core.cache import RecurrentCache
+from rnnzoo.zoo.core.cache import CACHE_NAME, RecurrentCache
 from rnnzoo.zoo.core.mixer import AttentionWeights
 from rnnzoo.zoo.jrt.configuration_jrt import JRTConfig
 from rnnzoo.zoo.jrt.modeling_jrt import JRTForCausalLM, JRTMixer, JRTModel
@@ -81,7 +81,7 @@ def test_whole_equals_chunks_after_the_prefix(model, pieces):
     cache, outputs, start = RecurrentCache(model.config), [], 0
     for n in pieces:
         prefix = {"prefix_mask": PREFIX[:, :n]} if start == 0 else {}
-        outputs.append(model(IDS[:, start : start + n], past_key_values=cache, **prefix).last_hidden_state)
+        outputs.append(model(IDS[:, start : start + n], cache=cache, **prefix).last_hidden_state)
         start += n
     close(torch.cat(outputs, 1), expected)
 
@@ -115,7 +115,7 @@ def test_a_later_document_of_a_cache_has_its_own_prefix(model):
     cache, outputs = RecurrentCache(model.config), []
     for c in (slice(0, 3), slice(3, 9), slice(9, 14)):
         columns = {"seq_ids": seq_ids[:, c], "prefix_mask": prefix[:, c]}
-        outputs.append(model(IDS[:, c], past_key_values=cache, **columns).last_hidden_state)
+        outputs.append(model(IDS[:, c], cache=cache, **columns).last_hidden_state)
     close(torch.cat(outputs, 1), expected)
 
 
@@ -124,8 +124,8 @@ def test_a_later_document_of_a_cache_has_its_own_prefix(model):
 def test_tokens_taken_back_equal_tokens_never_seen_and_rows_can_be_reordered(model, removed):
     cache = RecurrentCache(model.config)
     cache.activate_past_recording()
-    model(IDS[:, :9], past_key_values=cache, prefix_mask=PREFIX[:, :9])
-    model(IDS[:, 9:], past_key_values=cache)
+    model(IDS[:, :9], cache=cache, prefix_mask=PREFIX[:, :9])
+    model(IDS[:, 9:], cache=cache)
     cache.reorder_cache(torch.tensor([1, 0, 1]))
     ids, prefix = IDS[[1, 0, 1]], PREFIX[[1, 0, 1]]
     cache.crop(-removed)
@@ -133,19 +133,19 @@ def test_tokens_taken_back_equal_tokens_never_seen_and_rows_can_be_reordered(mod
     whole = torch.cat([ids[:, :kept], more], 1)
     prefix = torch.cat([prefix[:, :kept], torch.zeros(3, 3, dtype=torch.bool)], 1)
     expected = model(whole, prefix_mask=prefix).last_hidden_state[:, kept:]
-    close(model(more, past_key_values=cache).last_hidden_state, expected)
+    close(model(more, cache=cache).last_hidden_state, expected)
 
 
 @torch.no_grad()
 def test_a_part_of_a_prefix_cannot_be_taken_back(model):
     cache = RecurrentCache(model.config)
     cache.activate_past_recording()
-    model(IDS[:, :9], past_key_values=cache, prefix_mask=PREFIX[:, :9])
+    model(IDS[:, :9], cache=cache, prefix_mask=PREFIX[:, :9])
     with pytest.raises(RnnzooError, match="part of a prefix"):
         cache.crop(-5)
     assert cache.get_seq_length() == 9
     cache.crop(-9)
-    close(model(IDS, past_key_values=cache).last_hidden_state, model(IDS).last_hidden_state)
+    close(model(IDS, cache=cache).last_hidden_state, model(IDS).last_hidden_state)
 
 
 @torch.no_grad()
@@ -180,17 +180,17 @@ def test_generate_takes_the_prompt_as_the_prefix(causal_lm):
 
 @torch.no_grad()
 def test_a_prefix_in_pieces_is_refused_and_the_cache_left_as_it_was(model, make_model):
-    cache = model(IDS[:, :3], use_cache=True, prefix_mask=PREFIX[:, :3]).past_key_values
+    cache = model(IDS[:, :3], use_cache=True, prefix_mask=PREFIX[:, :3])[CACHE_NAME]
     with pytest.raises(RnnzooError, match="whole prefix has to arrive in the call"):
-        model(IDS[:, 3:], past_key_values=cache, prefix_mask=PREFIX[:, 3:])
+        model(IDS[:, 3:], cache=cache, prefix_mask=PREFIX[:, 3:])
     with pytest.raises(ShapeError, match=r"prefix_mask has shape \(2, 14\), expected \(2, 11\)"):
-        model(IDS[:, 3:], past_key_values=cache, prefix_mask=PREFIX)
+        model(IDS[:, 3:], cache=cache, prefix_mask=PREFIX)
     assert cache.get_seq_length() == 3
     with pytest.raises(RnnzooError, match="No layer of this model"):
         make_model(("based",)).model(IDS, prefix_mask=PREFIX)
     cut = PREFIX & (torch.arange(14) < 3)
     close(
-        model(IDS[:, 3:], past_key_values=cache).last_hidden_state,
+        model(IDS[:, 3:], cache=cache).last_hidden_state,
         model(IDS, prefix_mask=cut).last_hidden_state[:, 3:],
     )
 

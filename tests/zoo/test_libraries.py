@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from rnnzoo.zoo.core.cache import CACHE_NAME
 from rnnzoo.zoo.core.registry import architectures, config_class
 
 from ..conversions.tiny import tiny_tokenizer
@@ -128,7 +129,7 @@ def test_training_under_autocast_gives_finite_gradients(model, columns):
 @torch.no_grad()
 def test_a_copied_cache_continues_on_its_own(model):
     ids = _batch()["input_ids"]
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[CACHE_NAME]
     other, more = copy.deepcopy(cache), ids[:, :3]
-    expected = model(more, past_key_values=cache).logits
-    torch.testing.assert_close(model(more, past_key_values=other).logits, expected)
+    expected = model(more, cache=cache).logits
+    torch.testing.assert_close(model(more, cache=other).logits, expected)

@@ -65,7 +65,7 @@ def test_the_window_stays_while_decoding_and_the_state_does_not_grow():
     model, ids = model_of(liger_window=5), torch.randint(0, 61, (2, 40))
     cache, sizes, parts = RecurrentCache(model.config), set(), []
     for part in ids.split([9, 1, 1, 1, 20, *[1] * 8], 1):
-        parts.append(model(part, past_key_values=cache).logits)
+        parts.append(model(part, cache=cache).logits)
         sizes.add(cache.num_bytes())
     torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, rtol=1e-9, atol=1e-9)
     rings, states, counts = 2 * 5 * 2 * 6 * 8, 2 * 6 * 6 * 8, 8

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rnnzoo.zoo.core.cache import CACHE_NAME
 from rnnzoo.zoo.lru.configuration_lru import LRUConfig
 from rnnzoo.zoo.lru.modeling_lru import LRUForCausalLM
 
@@ -57,7 +58,7 @@ def test_eigenvalues_start_uniformly_on_the_ring_and_states_at_unit_variance():
 def test_parameters_are_real_and_the_state_is_complex():
     made = model().bfloat16()
     assert not any(parameter.is_complex() for parameter in made.parameters())
-    (state,) = made(torch.tensor([[1, 2, 3]])).past_key_values.states
+    (state,) = made(torch.tensor([[1, 2, 3]]))[CACHE_NAME].states
     assert state.h.dtype == torch.complex64 and state.h.shape == (1, 12)
 
 

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from rnnzoo.kernels.errors import RnnzooError, ShapeError
+from rnnzoo.zoo.core.cache import CACHE_NAME
 from rnnzoo.zoo.core.configuration import RecurrentConfig
 from rnnzoo.zoo.core.modeling import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
 from rnnzoo.zoo.core.registry import architectures, config_class, mixer_class
@@ -150,7 +151,7 @@ def test_gradient_checkpointing_with_states_passed_between_chunks_changes_no_gra
         if checkpointing:
             model.activation_checkpointing_enable()
         first = model(IDS, use_cache=True)
-        model(IDS, labels=LABELS, past_key_values=first.past_key_values).loss.backward()
+        model(IDS, labels=LABELS, cache=first[CACHE_NAME]).loss.backward()
         grads.append([p.grad for p in model.parameters()])
     for plain, checkpointed in zip(*grads, strict=True):
         torch.testing.assert_close(checkpointed, plain)
@@ -192,14 +193,14 @@ def test_a_replaced_head_or_loss_is_not_passed_by(make_model):
 
 def test_training_makes_no_cache_unless_asked(make_model):
     model = make_model(("supra",)).train()
-    assert model(IDS).past_key_values is None
-    assert model(IDS, use_cache=True).past_key_values is not None
-    assert model.eval()(IDS).past_key_values is not None
+    assert CACHE_NAME not in model(IDS)
+    assert CACHE_NAME in model(IDS, use_cache=True)
+    assert CACHE_NAME in model.eval()(IDS)
 
 
 def test_detached_states_stop_the_gradient(make_model):
     model = make_model(("mamba2", "supra")).train()
-    cache = model(IDS, use_cache=True).past_key_values
+    cache = model(IDS, use_cache=True)[CACHE_NAME]
     assert any(t.requires_grad for s in cache.states for t in s.tensors())
     assert not any(t.requires_grad for s in cache.detach().states for t in s.tensors())
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from rnnzoo.kernels.errors import RnnzooError
+from rnnzoo.zoo.core.cache import CACHE_NAME
 from rnnzoo.zoo.core.importing import export_checkpoint, import_checkpoint
 from rnnzoo.zoo.rwkv4.configuration_rwkv4 import RWKV4Config
 from rnnzoo.zoo.rwkv4.modeling_rwkv4 import RWKV4ForCausalLM
@@ -133,8 +134,8 @@ def test_perspectives_keep_the_equalities():
     whole = model(ids).logits
     cache, parts = None, []
     for part in ids.split([1, 3, 1, 4], 1):
-        out = model(part, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(part, cache=cache, use_cache=True)
+        cache = out[CACHE_NAME]
         parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
     documents = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 1]).expand(2, -1)

@@ -54,7 +54,7 @@ def test_until_it_is_full_it_is_full_attention(states):
     expected = full(ids()).logits
     torch.testing.assert_close(model(ids()).logits, expected, rtol=1e-9, atol=1e-9)
     cache = RecurrentCache(model.config)
-    parts = [model(part, past_key_values=cache).logits for part in ids().split([7, 1, 1, 14], 1)]
+    parts = [model(part, cache=cache).logits for part in ids().split([7, 1, 1, 14], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -75,7 +75,7 @@ def test_bytes_stay_the_same_at_any_length():
     model = model_of(6)
     cache, sizes = RecurrentCache(model.config), set()
     for length in (3, 1, 1, 9, 1, 40, 1):
-        model(ids(length), past_key_values=cache)
+        model(ids(length), cache=cache)
         sizes.add(cache.num_bytes())
     assert sizes == {2 * 2 * 7 * (2 * 2 * 6 * 8 + 1)}  # layers, rows, states and one to spare; k and v, and a flag
     assert all(state.kept.sum(1).tolist() == [6, 6] for state in cache.states)

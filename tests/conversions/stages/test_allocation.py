@@ -152,5 +152,5 @@ def test_the_bytes_of_a_plan_are_those_of_the_cache(family, bits, tmp_path):
     assert found.state_bytes == state_bytes(config, torch.float32) <= 8000
     model, cache = causal_lm_class("hedgehog")(config), RecurrentCache(config)
     with torch.no_grad():
-        model(torch.randint(3, 310, (1, 12)), past_key_values=cache)
+        model(torch.randint(3, 310, (1, 12)), cache=cache)
     assert found.state_bytes == sum(cache.states[i].num_bytes() for i in (0, 2))

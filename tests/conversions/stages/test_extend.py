@@ -84,7 +84,7 @@ def test_the_state_at_the_end_is_that_of_the_whole_row_and_the_gradient_is_cut(t
     loss, gradients = step(trainer, student, rows)
     cache = RecurrentCache(student.config)
     with torch.no_grad():
-        student.model(rows.input_ids.long(), past_key_values=cache)
+        student.model(rows.input_ids.long(), cache=cache)
     assert trainer.caches[0].length == cache.length == 64
     for found, expected in zip(trainer.caches[0].states, cache.states, strict=True):
         for one, two in zip(found.tensors(), expected.tensors(), strict=True):
