@@ -13,6 +13,7 @@ from shared import arguments, load
 from tiny_teacher import files, train_teacher
 
 from rnnzoo.conversions.convert import convert
+from rnnzoo.zoo import RecurrentCache
 
 args = arguments(__doc__, steps=40)
 teacher = args.model or train_teacher(f"{args.out}/teacher")
@@ -37,6 +38,7 @@ for number, kind in enumerate(kinds):
 model, tokenizer = load(out)
 sizes = []
 for length in (64, 256):
-    cache = model(torch.zeros(1, length, dtype=torch.long), use_cache=True).past_key_values
+    cache = RecurrentCache(model.config)
+    model(torch.zeros(1, length, dtype=torch.long), cache=cache)
     sizes.append(cache.num_bytes())
     print(f"memory after {length} tokens: {sizes[-1]:,} bytes")
