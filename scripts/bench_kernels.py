@@ -3,6 +3,7 @@
     python scripts/bench_kernels.py --out bench            # the table; peers that are not installed are left out
     python scripts/bench_kernels.py --check                # and exit 1 where a figure is missed
     python scripts/bench_kernels.py --rounds 3             # medians of three rounds, with the least and the most
+    python scripts/bench_kernels.py --part steps --only conv  # one part, recurrences with "conv" in their name
 
 Memory that is freed is kept for the next call, for all contestants, as it is in training.
 `rnnzoo bench kernels` measures all backends over all lengths instead. Writes OUT/figures.md and OUT/figures.json.
@@ -10,6 +11,7 @@ Memory that is freed is kept for the next call, for all contestants, as it is in
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -31,22 +33,44 @@ from rnnzoo.benchmarks.timing import Machine, measure_machine, seconds
 from rnnzoo.conversions.memory import keep_freed_memory
 
 CPU = "cpu"
+SHORT, LONG = 4096, 65_536
+WARM = 4  # calls of each length: in the first few the system hands out memory, on a virtual machine at 1 GB/s
+# Those whose time is that of memory: the table also says what copies take at both lengths.
+MEMORY_BOUND = ("linear_scan", "softmax_scan, RWKV-4", "short_conv, silu")
+
+
+class Only:
+    """Which recurrences are measured: those with one of `parts` in their name, or all."""
+
+    def __init__(self, parts: tuple[str, ...]):
+        self.parts = parts
+        names = [make().name for make in CASES]
+        if unknown := [part for part in parts if not any(part in name for name in names)]:
+            raise click.BadParameter(f"no recurrence has {unknown[0]!r} in its name; there are: {'; '.join(names)}.")
+
+    def __contains__(self, name: str) -> bool:
+        return not self.parts or any(part in name for part in self.parts)
+
+    def of(self, makers: tuple[Callable[..., Case], ...]) -> list[Case]:
+        return [case for case in (make() for make in makers) if case.name in self]
 
 
 def case_named(name: str) -> Case:
     return next(case for case in (make() for make in CASES) if case.name == name)
 
 
-def timed(case: Case, function: Callable[[dict[str, torch.Tensor]], torch.Tensor], steps: int, budget: float) -> float:
+def timed(
+    case: Case, function: Callable[[dict[str, torch.Tensor]], torch.Tensor], steps: int, budget: float, warm: int = 1
+) -> float:
     torch.manual_seed(0)
-    return seconds(forward_backward(function, case.make(steps)), budget=budget)
+    return seconds(forward_backward(function, case.make(steps)), budget=budget, warm=warm)
 
 
-def ours(case: Case, steps: int, budget: float, backend: str | None = CPU) -> float:
-    return timed(case, lambda given: case.call(given, backend), steps, budget)
+def ours(case: Case, steps: int, budget: float, backend: str | None = CPU, warm: int = 1) -> float:
+    return timed(case, lambda given: case.call(given, backend), steps, budget, warm)
 
 
-def against_peers(budget: float) -> Iterator[Figure]:
+def against_peers(machine: Machine, budget: float, only: Only) -> Iterator[Figure]:
     rows = [
         ("selective_scan", 1024, "transformers Mamba, loop", 200),
         ("selective_scan", 1024, "transformers Mamba with mambapy", 5),
@@ -56,6 +80,8 @@ def against_peers(budget: float) -> Iterator[Figure]:
         (DELTA, 4096, "transformers Qwen3-Next", 4),
     ]
     for name, steps, other, target in rows:
+        if name not in only:
+            continue
         case, peer = case_named(name), next(peer for peer in PEERS if peer.name == other)
         if reason := peer.missing(CPU):
             click.echo(f"not measured: {name} against {other}: {reason}", err=True)
@@ -63,17 +89,22 @@ def against_peers(budget: float) -> Iterator[Figure]:
         own = ours(case, steps, budget)
         what = f"{name}, forward and backward, {case.size} T{steps}"
         yield Figure(what, other, timed(case, peer.build(), steps, budget) / own, " x", target)
-    case = case_named(PER_CHANNEL)
-    ratio = ours(case, 4096, budget, "chunked") / ours(case, 4096, budget)
-    yield Figure(f"{PER_CHANNEL}, forward and backward, {case.size} T4096", "chunked", ratio, " x", 2)
+    if PER_CHANNEL in only:
+        case = case_named(PER_CHANNEL)
+        ratio = ours(case, 4096, budget, "chunked") / ours(case, 4096, budget)
+        yield Figure(f"{PER_CHANNEL}, forward and backward, {case.size} T4096", "chunked", ratio, " x", 2)
 
 
-def against_the_copy(machine: Machine, budget: float) -> Iterator[Figure]:
+def against_the_copy(machine: Machine, budget: float, only: Only) -> Iterator[Figure]:
     case = scan(batch=4)
-    moved = 7 * 4 * 4096 * 1024 * 4
-    share = moved / ours(case, 4096, budget) / machine.copy_bytes
-    yield Figure("linear_scan, forward and backward, B4 T4096 D1024", "copy, 7 passes", 100 * share, " %", 60)
-    for case in (make() for make in STEP_CASES):
+    if case.name in only:
+        moved = 7 * 4 * 4096 * 1024 * 4
+        share = moved / ours(case, 4096, budget) / machine.copy_bytes
+        yield Figure("linear_scan, forward and backward, B4 T4096 D1024", "copy, 7 passes", 100 * share, " %", 60)
+
+
+def steps(machine: Machine, budget: float, only: Only) -> Iterator[Figure]:
+    for case in only.of(STEP_CASES):
         row = measure_step(case, CPU, machine, CPU, torch.float32, budget)
         share = row.gigabytes_per_second * 1e9 / machine.copy_bytes
         what = f"{case.name}, one step, {STATES} states of {case.size}"
@@ -91,32 +122,57 @@ def possible_share(case: Case) -> float:
     return 100 * of_state / (of_state + others)
 
 
-def by_length() -> Iterator[Figure]:
-    for case in (make() for make in CASES):
-        ratio = float(_run([sys.executable, __file__, "--length-of", case.name]))
-        yield Figure(f"{case.name}, T65536 over T4096", "linear: 16", ratio, " x", 18, at_most=True)
+def by_length(machine: Machine, budget: float, only: Only) -> Iterator[Figure]:
+    for case in only.of(CASES):
+        found = json.loads(_run([sys.executable, __file__, "--length-of", case.name]))
+        yield Figure(f"{case.name}, T{LONG} over T{SHORT}", "linear: 16", found["ratio"], " x", 18, at_most=True)
+        if case.name in MEMORY_BOUND:
+            yield Figure(f"copies of {case.name}'s inputs, T{LONG} over T{SHORT}", "linear: 16", found["copies"], " x")
+            gigabytes = case.moved(LONG, backward=True) / 1e9
+            against = f"copy of the {gigabytes:.2f} GB that it moves"
+            yield Figure(f"{case.name}, forward and backward, T{LONG}", against, 100 * found["share"], " %")
 
 
-def memory() -> Iterator[Figure]:
-    for case in (make() for make in CASES):
+def memory(machine: Machine, budget: float, only: Only) -> Iterator[Figure]:
+    for case in only.of(CASES):
         share = float(_run([sys.executable, __file__, "--memory-of", case.name]))
-        what = f"{case.name}, extra memory, T65536"
+        what = f"{case.name}, extra memory, T{LONG}"
         yield Figure(what, "inputs, output, gradients", share, " x", 1.5, at_most=True)
 
 
-def length_ratio(name: str, budget: float = 1.5) -> float:
-    """In a process of its own: what other calls have left of the heap would count as well."""
+def length_ratio(name: str, budget: float = 1.5) -> dict[str, float]:
+    """How much longer the long call takes; the same of copies; and of the long call, the share of the copies' rate.
+
+    In a process of its own: what other calls have left of the heap would count as well.
+    """
     keep_freed_memory()
     case = case_named(name)
-    short = ours(case, 4096, budget)
-    return ours(case, 65_536, budget) / short
+    times = {length: ours(case, length, budget, warm=WARM) for length in (SHORT, LONG)}
+    found = {"ratio": times[LONG] / times[SHORT]}
+    if name in MEMORY_BOUND:
+        rates = {length: copy_rate(case, length, budget) for length in (SHORT, LONG)}
+        found["copies"] = LONG / SHORT * rates[SHORT] / rates[LONG]
+        found["share"] = case.moved(LONG, backward=True) / rates[LONG] / times[LONG]
+    return found
 
 
-def extra_memory(name: str, steps: int = 65_536) -> float:
+def copy_rate(case: Case, length: int, budget: float) -> float:
+    """Bytes/s, read and written, of copies of the inputs with an axis of time."""
+    inputs = [x for x in case.make(length).values() if x.ndim >= 3]
+    targets = [torch.empty_like(x) for x in inputs]
+
+    def copy() -> None:
+        for source, target in zip(inputs, targets, strict=True):
+            target.copy_(source)
+
+    return 2 * sum(x.nbytes for x in inputs) / seconds(copy, budget=budget, warm=WARM)
+
+
+def extra_memory(name: str, length: int = LONG) -> float:
     """Memory that forward and backward need at most beside the inputs, over inputs, output and gradients together."""
     case = case_named(name)
     forward_backward(lambda given: case.call(given, CPU), case.make(128))()  # libraries and threads are loaded
-    inputs = case.make(steps)
+    inputs = case.make(length)
     learns = [x.requires_grad_() for x in inputs.values() if x.is_floating_point()]
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
     before = _status("VmRSS")
@@ -133,7 +189,7 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def first_use() -> Iterator[Figure]:
+def first_use(machine: Machine, budget: float, only: Only) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         command = "import time, torch; from rnnzoo.kernels.native import build_all; s = time.time(); build_all(); "
         command += "print(time.time() - s)"
@@ -148,31 +204,56 @@ def _run(command: list[str], **environment: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+PARTS: dict[str, Callable[[Machine, float, Only], Iterator[Figure]]] = {
+    "peers": against_peers,
+    "copy": against_the_copy,
+    "steps": steps,
+    "lengths": by_length,
+    "memory": memory,
+    "first-use": first_use,
+}
+
+
 @click.command()
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--seconds", "budget", type=float, default=2.0, show_default=True, help="Time for each number.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for figures.md and figures.json.")
+@click.option("--part", "parts", multiple=True, type=click.Choice(list(PARTS)), help="May be repeated.  [default: all]")
+@click.option("--only", multiple=True, metavar="TEXT", help="Only recurrences with this in their name; repeatable.")
+@click.option(
+    *("--seconds", "budget"),
+    type=click.FloatRange(min=0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="Time for each number.",
+)
 @click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Of all measurements.")
 @click.option("--check", is_flag=True, help="Exit 1 where a figure is missed.")
 @click.option("--memory-of", hidden=True)
 @click.option("--length-of", hidden=True)
 def main(
-    out: Path | None, budget: float, rounds: int, check: bool, memory_of: str | None, length_of: str | None
+    out: Path | None,
+    parts: tuple[str, ...],
+    only: tuple[str, ...],
+    budget: float,
+    rounds: int,
+    check: bool,
+    memory_of: str | None,
+    length_of: str | None,
 ) -> None:
     """Measure, and write the table."""
     if memory_of is not None:
         click.echo(extra_memory(memory_of))
         return
     if length_of is not None:
-        click.echo(length_ratio(length_of))
+        click.echo(json.dumps(length_ratio(length_of)))
         return
-    started = time.monotonic()
+    started, chosen = time.monotonic(), Only(only)
     keep_freed_memory()  # as in a conversion: else the time is that of the system, which zeroes fresh memory
     tables: list[list[Figure]] = []
     for _ in range(rounds):
         machine = measure_machine()
         tables.append([])
-        for part in (against_peers(budget), against_the_copy(machine, budget), by_length(), memory(), first_use()):
-            for figure in part:
+        for part in parts or PARTS:
+            for figure in PARTS[part](machine, budget, chosen):
                 tables[-1].append(figure)
                 click.echo(figure.line())
     figures = median_of_rounds(tables)

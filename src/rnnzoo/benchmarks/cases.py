@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +48,13 @@ class Case:
     def moved(self, time: int, backward: bool) -> int:
         """Bytes that have to be read and written: inputs and output, with `backward` again, and the gradients."""
         inputs = self.make(2)
-        fixed = sum(x.nbytes for x in inputs.values() if x.ndim < 3 or x.shape[1] != 2)
-        timed = sum(x.nbytes for x in inputs.values()) - fixed
-        output = self.call(inputs, "reference").nbytes
-        forward = fixed + (timed + output) * time // 2
-        return forward * (3 if backward else 1)
+
+        def size(tensors: Iterable[Tensor]) -> int:
+            return sum(x.nbytes * time // 2 if x.ndim >= 2 and x.shape[1] == 2 else x.nbytes for x in tensors)
+
+        forward = size(inputs.values()) + self.call(inputs, "reference").nbytes * time // 2
+        gradients = size(x for x in inputs.values() if x.is_floating_point())
+        return 2 * forward + gradients if backward else forward
 
 
 def _normal(*shape: int) -> Tensor:

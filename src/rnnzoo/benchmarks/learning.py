@@ -258,5 +258,5 @@ def _optimizer(model: torch.nn.Module, learning_rate: float) -> torch.optim.Opti
 def _state_bytes(model: Any) -> int:
     """Bytes of the state of one sequence after 256 tokens."""
     cache = RecurrentCache(model.config)
-    model(torch.zeros(1, STATE_TOKENS, dtype=torch.long), past_key_values=cache, logits_to_keep=1)
+    model(torch.zeros(1, STATE_TOKENS, dtype=torch.long), cache=cache, logits_to_keep=1)
     return sum(state.num_bytes() for state in cache.states if state is not None)

@@ -13,11 +13,14 @@ import torch
 __all__ = ["Machine", "measure_machine", "seconds"]
 
 
-def seconds(run: Callable[[], Any], device: str = "cpu", budget: float = 1.0, at_least: int = 3) -> float:
-    """Median seconds of a call, after one call that is not counted (unless that one alone takes ten budgets).
+def seconds(
+    run: Callable[[], Any], device: str = "cpu", budget: float = 1.0, at_least: int = 3, warm: int = 1
+) -> float:
+    """Median seconds of a call, after `warm` calls that are not counted (unless the first alone takes ten budgets).
 
     Args:
         budget: calls are repeated until they took this long in all, or 200 times, and `at_least` so often.
+        warm: more than one where a call allocates so much that the first few of them find out where all of it lies.
     """
     started = time.perf_counter()
     run()
@@ -25,6 +28,8 @@ def seconds(run: Callable[[], Any], device: str = "cpu", budget: float = 1.0, at
     first = time.perf_counter() - started
     if first > 10 * budget:
         return first
+    for _ in range(warm - 1):
+        run()
     times: list[float] = []
     while len(times) < at_least or (sum(times) < budget and len(times) < 200):
         _wait(device)
