@@ -172,10 +172,16 @@ INLINE void convolve(const Conv *conv, const Part *part, const vf *inputs, i64 c
     }
 }
 
-INLINE void forward_tile(const Conv *conv, const Part *part, const char *const *rows, char *const *to, const i64 taps,
-                         const int bf16) {
+/* The same channels of the next tile's rows: a row is a page, and processors do not foresee beyond one. */
+INLINE void fetch(const char *const *next, i64 c, const int bf16) {
+    UNROLL for (i64 j = 0; j < TILE; j++) __builtin_prefetch(next[j] + c * (bf16 ? 2 : 4), 0, 2);
+}
+
+INLINE void forward_tile(const Conv *conv, const Part *part, const char *const *rows, const char *const *next,
+                         char *const *to, const i64 taps, const int bf16) {
     for (i64 i = 0; i < part->n; i += LANES) {
         i64 c = MIN(i, part->n - LANES); /* the last vector begins early, so that there is no tail */
+        fetch(next, c, bf16);
         vf z[TILE], inputs[TILE + MOST_TAPS - 1];
         UNROLL for (i64 m = 0; m < TILE + taps - 1; m++) inputs[m] = conv_load(rows[m], c, bf16);
         convolve(conv, part, inputs, c, z, taps);
@@ -194,11 +200,12 @@ INLINE void forward_task(const Conv *conv, i64 b, i64 segment, i64 block, char *
     read_state(conv, &part, conv->initial, (char *)part.past);
     char *base = y + (b * conv->time * conv->width + part.first) * part.size;
     for (i64 p = segment * SEGMENT; p < MIN(part.count, (segment + 1) * SEGMENT); p += TILE) {
-        const char *rows[TILE + MOST_TAPS - 1];
+        const char *rows[TILE + MOST_TAPS - 1], *next[TILE];
         char *to[TILE];
         for (i64 j = 0; j < TILE + kept; j++) rows[j] = input_at(conv, &part, p - kept + j);
         for (i64 j = 0; j < TILE; j++) to[j] = row_at(conv, &part, base, p + j, unused);
-        forward_tile(conv, &part, rows, to, taps, bf16);
+        for (i64 j = 0; j < TILE; j++) next[j] = input_at(conv, &part, p + TILE + j);
+        forward_tile(conv, &part, rows, next, to, taps, bf16);
     }
     zero_skipped(conv, &part, segment, segments, y);
     if (segment == segments - 1) {
@@ -219,10 +226,11 @@ typedef struct {
 
 /* dz of TILE positions from p, and dx of the TILE positions from p - (W-1): for those, dz is complete. */
 INLINE void backward_tile(const Conv *conv, const Part *part, const char *const *rows, const char *const *dy,
-                          char *const *dx, const char *const *dfinal, const Walk *walk, float *sums, const i64 taps,
-                          const int bf16) {
+                          const char *const next[2][TILE], char *const *dx, const char *const *dfinal, const Walk *walk,
+                          float *sums, const i64 taps, const int bf16) {
     for (i64 i = 0; i < part->n; i += LANES) {
         i64 c = MIN(i, part->n - LANES), kept = taps - 1;
+        fetch(next[0], c, bf16), fetch(next[1], c, bf16);
         vf z[TILE], dz[TILE + MOST_TAPS - 1], inputs[TILE + MOST_TAPS - 1];
         vf dbias = loadv(sums + taps * walk->stride + i);
         UNROLL for (i64 m = 0; m < TILE + kept; m++) inputs[m] = conv_load(rows[m], c, bf16);
@@ -266,7 +274,7 @@ INLINE void backward_task(const Conv *conv, i64 b, i64 segment, i64 block, const
     if (ending) read_state(conv, &part, dfinal, late);
     i64 offset = (b * conv->time * conv->width + part.first) * part.size;
     for (i64 p = start; p < stop + kept; p += TILE) {
-        const char *rows[TILE + MOST_TAPS - 1], *from[TILE], *beyond[TILE];
+        const char *rows[TILE + MOST_TAPS - 1], *from[TILE], *beyond[TILE], *next[2][TILE];
         char *to[TILE];
         for (i64 j = 0; j < TILE + kept; j++) rows[j] = input_at(conv, &part, p - kept + j);
         for (i64 j = 0; j < TILE; j++) {
@@ -275,9 +283,11 @@ INLINE void backward_task(const Conv *conv, i64 b, i64 segment, i64 block, const
             to[j] = q >= stop || q < start ? unused : row_at(conv, &part, dx + offset, q, unused);
             if (q < 0 && segment == 0) to[j] = early + (q + kept) * row;
             beyond[j] = after >= 0 && after < kept ? late + after * row : part.zeros;
+            next[0][j] = input_at(conv, &part, p + TILE + j);
+            next[1][j] = row_at(conv, &part, dy + offset, p + TILE + j, part.zeros);
         }
         /* Positions from `stop` on are another task's: only their dz is needed here. */
-        backward_tile(conv, &part, rows, from, to, ending ? beyond : NULL, &walk,
+        backward_tile(conv, &part, rows, from, (const char *const(*)[TILE])next, to, ending ? beyond : NULL, &walk,
                       p < stop ? walk.sums : walk.unused_sums, taps, bf16);
     }
     zero_skipped(conv, &part, segment, segment_count(conv), dx);
