@@ -202,12 +202,26 @@ def test_bench_measures_every_backend_and_says_what_it_leaves_out(capsys, tmp_pa
     assert "short_conv, silu: no triton (" in captured.err
     assert call("bench", "kernels", "--operation", "fast_conv") == 1
     assert "--operation 'fast_conv' is no recurrence; known are delta_rule," in capsys.readouterr().err
+    assert call("bench", "kernels", *few, "--out", "/proc/nowhere") == 1
+    words = capsys.readouterr().err
+    assert "--out /proc/nowhere: the folder cannot be made" in words and "measuring" not in words
+    assert call("bench", "kernels", "--seconds", "0") == 2
 
 
 def test_env_kernels_compiles_and_tells_what_runs(capsys):
     assert call("env", "--kernels") == 0
     words = capsys.readouterr().out
     assert words.count("reference: available") >= 7 and "triton" in words
+
+
+def test_env_kernels_says_what_the_environment_chose(capsys, monkeypatch):
+    monkeypatch.setenv("RNNZOO_BACKEND", "chunked")
+    assert call("env", "--kernels") == 0
+    words = capsys.readouterr().out
+    assert words.count("chunked: chosen by RNNZOO_BACKEND") >= 7 and "first choice" not in words
+    monkeypatch.setenv("RNNZOO_BACKEND", "fast")
+    assert call("env", "--kernels") == 0
+    assert "RNNZOO_BACKEND asks for 'fast', which cannot run here: calls will be refused" in capsys.readouterr().out
 
 
 def test_quantities_read_and_write_units():

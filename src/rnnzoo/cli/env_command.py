@@ -127,9 +127,13 @@ def _show(value: dict[str, Any], console: Console) -> None:
 def _show_kernels(kernels: dict[str, Any], console: Console) -> None:
     from rich.text import Text
 
+    asked = os.environ.get("RNNZOO_BACKEND") or None
     for operation, backends in kernels.items():
         console.print(Text(operation, style="bold"))
-        chosen = next((entry["backend"] for entry in backends if entry["available"]), None)
+        chosen = asked or next((entry["backend"] for entry in backends if entry["available"]), None)
+        words = "chosen by RNNZOO_BACKEND" if asked else "first choice"
         for entry in backends:
-            words = "first choice" if entry["backend"] == chosen else "available"
-            console.print(Text(f"  {entry['backend']}: {entry['reason'] or words}"))
+            state = entry["reason"] or (words if entry["backend"] == chosen else "available")
+            console.print(Text(f"  {entry['backend']}: {state}"))
+        if asked and asked not in (entry["backend"] for entry in backends if entry["available"]):
+            console.print(Text(f"  RNNZOO_BACKEND asks for {asked!r}, which cannot run here: calls will be refused"))
