@@ -10,12 +10,15 @@ block's share of the sums over channels, dB and dC, for a second sum in fixed or
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu import interpreted
+from ..gpu import interpreted, tuned
 from ..operators import contiguous, needs_gradient
 from ..steps import step_codes
 from .operators import empty_gradients, register_autograd
@@ -196,27 +199,47 @@ def _backward(
         tl.store(dinitial + row * size + matrix, carry, mask=both)
 
 
-def _sizes(x: Tensor, a: Tensor) -> tuple[dict[str, int], int, int, tuple[int, int, int]]:
+class _Launch(NamedTuple):
     """Block widths, warps, steps a segment, and the grid (channel blocks, segments, batch)."""
+
+    blocks: dict[str, int]
+    warps: int
+    length: int
+    grid: tuple[int, int, int]
+
+
+def _sizes(kernel: str, x: Tensor, a: Tensor, launch: Callable[[_Launch], None]) -> _Launch:
+    """By rule 512 numbers of the state a program; RNNZOO_AUTOTUNE=1 tries others."""
+    width, wide = x.shape[2], max(triton.next_power_of_2(a.shape[1]), 1)
+    most = triton.next_power_of_2(width)
+    channels = max(4, min(512 // wide, most))
+    rule = {"BD": channels, "num_warps": 2 if channels * wide >= 512 else 1}
+    others = [{"BD": size, "num_warps": warps} for size in (8, 16, 32, 64, 128) for warps in (1, 2, 4)]
+    others = [sizes for sizes in others if sizes["BD"] <= max(8, most) and 128 <= sizes["BD"] * wide <= 2048]
+    key = width, a.shape[1], str(x.dtype)
+    sizes = tuned(f"selective_scan {kernel}", key, rule, others, lambda sizes: launch(_placed(x, wide, sizes)))
+    return _placed(x, wide, sizes)
+
+
+def _placed(x: Tensor, wide: int, sizes: dict[str, int]) -> _Launch:
     batch, time, width = x.shape
-    wide = max(triton.next_power_of_2(a.shape[1]), 1)
-    blocks = {"BD": max(4, min(512 // wide, triton.next_power_of_2(width))), "BN": wide}
-    across = triton.cdiv(width, blocks["BD"])
+    across = triton.cdiv(width, sizes["BD"])
     # Without a GPU the interpreter tests segments on short inputs. On one, about eight programs keep a processor busy.
     programs = 64 if interpreted() else 8 * torch.cuda.get_device_properties(x.device).multi_processor_count
     wanted = max(1, programs // (batch * across))
     length = max(CHUNK if interpreted() else 8 * CHUNK, triton.cdiv(triton.cdiv(time, wanted), CHUNK) * CHUNK)
-    warps = 2 if blocks["BD"] * wide >= 512 else 1
-    return blocks, warps, length, (across, triton.cdiv(time, length), batch)
+    return _Launch(
+        {"BD": sizes["BD"], "BN": wide}, sizes["num_warps"], length, (across, triton.cdiv(time, length), batch)
+    )
 
 
-def _between(value, dt, a, vector, codes, first, reverse: bool) -> Tensor | None:
+def _between(value, dt, a, vector, codes, first, reverse: bool, launch: _Launch) -> Tensor | None:
     """(B, segments, D, N): the state before each segment, or, reversed, the gradient behind it.
 
     Args:
         value, vector: x and B, or, reversed, dy and C. first: the state before all, or the gradient behind all.
     """
-    blocks, warps, length, grid = _sizes(value, a)
+    blocks, warps, length, grid = launch
     batch, time, width = value.shape
     states, segments = a.shape[1], grid[1]
     if segments == 1:
@@ -272,13 +295,17 @@ def forward(
     """(y, final state, states before each chunk: what backward needs; empty unless `keep`)."""
     y, state, kept = _empty_outputs(x, dt, a, b, c, d, initial, codes, keep)
     x, dt, a, b, c, d, initial, codes = contiguous(x, dt, a, b, c, d, initial, codes)
-    blocks, warps, length, grid = _sizes(x, a)
-    starts = _between(x, dt, a, b, codes, initial, reverse=False)
-    _forward[grid](
-        *(x, dt, a, b, c, d, starts, codes, y, state, kept if keep else None, *x.shape[1:], a.shape[1], length),
-        HAS_D=d is not None, HAS_START=starts is not None, KEEP=keep,
-        CHUNK=CHUNK, **blocks, num_warps=warps,
-    )  # fmt: skip
+
+    def launch(sizes: _Launch) -> None:
+        starts = _between(x, dt, a, b, codes, initial, False, sizes)
+        _forward[sizes.grid](
+            *(x, dt, a, b, c, d, starts, codes, y, state, kept if keep else None, *x.shape[1:], a.shape[1]),
+            *(sizes.length,),
+            HAS_D=d is not None, HAS_START=starts is not None, KEEP=keep,
+            CHUNK=CHUNK, **sizes.blocks, num_warps=sizes.warps,
+        )  # fmt: skip
+
+    launch(_sizes("forward", x, a, launch))
     return y, state, kept
 
 
@@ -308,19 +335,26 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, a, b, c, d (empty without one) and the initial state."""
     x, dt, a, b, c, d, codes, kept, dy, dstate = contiguous(x, dt, a, b, c, d, codes, kept, dy, dstate)
-    blocks, warps, length, grid = _sizes(x, a)
     batch, time, width = x.shape
-    states, (across, segments, _) = a.shape[1], grid
+    states = a.shape[1]
     dx, ddt, dinitial = (torch.empty_like(tensor) for tensor in (x, dt, dstate))
-    da, dd = a.new_empty(batch, segments, width, states), a.new_empty(batch, segments, width)
-    db, dc = (a.new_empty(across, batch, time, states) for _ in range(2))
-    scratch = a.new_empty(batch * segments * across * CHUNK * blocks["BD"] * blocks["BN"])
-    ends = _between(dy, dt, a, c, codes, dstate, reverse=True)
-    _backward[grid](
-        *(x, dt, a, b, c, d, codes, kept, dy, ends, dx, ddt, da, db, dc, dd, dinitial, scratch),
-        *(time, width, states, length),
-        HAS_D=d is not None, CHUNK=CHUNK, **blocks, num_warps=warps,
-    )  # fmt: skip
+    sums: list[Tensor] = []
+
+    def launch(sizes: _Launch) -> None:
+        across, segments, _ = sizes.grid
+        da, dd = a.new_empty(batch, segments, width, states), a.new_empty(batch, segments, width)
+        db, dc = (a.new_empty(across, batch, time, states) for _ in range(2))
+        scratch = a.new_empty(batch * segments * across * CHUNK * sizes.blocks["BD"] * sizes.blocks["BN"])
+        ends = _between(dy, dt, a, c, codes, dstate, True, sizes)
+        _backward[sizes.grid](
+            *(x, dt, a, b, c, d, codes, kept, dy, ends, dx, ddt, da, db, dc, dd, dinitial, scratch),
+            *(time, width, states, sizes.length),
+            HAS_D=d is not None, CHUNK=CHUNK, **sizes.blocks, num_warps=sizes.warps,
+        )  # fmt: skip
+        sums[:] = da, db, dc, dd
+
+    launch(_sizes("backward", x, a, launch))
+    da, db, dc, dd = sums
     grad_d = a.new_empty(0) if d is None else dd.sum((0, 1))
     return dx, ddt, da.sum((0, 1)), db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype), grad_d, dinitial
 

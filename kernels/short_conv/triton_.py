@@ -242,12 +242,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, the weight, the bias (also where there is none) and the state."""
     dx, _, _, dstate = _empty_gradients(x, weight, bias, state, ages, silu, dy)
-    options, grid, blocks = _launch("backward", x, weight, bias, ages, silu)
     channels, taps = weight.shape
-    sums = x.new_empty(grid[0], taps + 1, channels, dtype=FLOAT)
     ready = _ready(x, weight, bias, state, ages)
-    _backward_kernel[grid](*ready, dy.contiguous(), dx, sums, dstate, *x.shape[1:], blocks, **options)
-    total = sums.sum(dim=0)
+    dy = dy.contiguous()
+    sums: list[Tensor] = []
+
+    def run(options, grid, blocks) -> None:
+        sums[:] = [x.new_empty(grid[0], taps + 1, channels, dtype=FLOAT)]
+        _backward_kernel[grid](*ready, dy, dx, sums[0], dstate, *x.shape[1:], blocks, **options)
+
+    run(*_launch("backward", x, weight, bias, ages, silu, run))
+    total = sums[0].sum(dim=0)
     return dx, total[:taps].t().contiguous(), total[taps].clone(), dstate
 
 

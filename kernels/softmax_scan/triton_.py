@@ -8,11 +8,15 @@ chunk for each program. The formulas are those of `cpu.c`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gpu import tuned
 from ..operators import contiguous, needs_gradient
 from ..steps import step_codes
 from .state import SoftmaxState
@@ -235,18 +239,23 @@ def softmax_scan(
     return out, SoftmaxState(*final)
 
 
-def _launch(k: Tensor, v: Tensor) -> tuple[tuple[int, int, int], tuple[int, ...], tuple[bool, int, int], int]:
-    """Grid, sizes (T, H, V, S), flags (shared, chunk, block) and warps: a warp for 32 to 128 lanes of a head."""
-    batch, time, heads, width = v.shape
-    shared = k.shape[3] != width
-    block = triton.next_power_of_2(width) if shared else min(64, triton.next_power_of_2(width))
-    blocks = triton.cdiv(width, block)
-    return (
-        (batch, heads, blocks),
-        (time, heads, width, heads * k.shape[3]),
-        (shared, CHUNK, block),
-        max(1, block // 128),
-    )
+def _sizes(kernel: str, k: Tensor, v: Tensor, launch: Callable[[dict[str, int]], None]) -> dict[str, int]:
+    """Lanes a program, all of a head where they share a score, and warps; by rule a warp for up to 128 lanes."""
+    width, scores = v.shape[3], k.shape[3]
+    lanes = triton.next_power_of_2(width)
+    block = min(64, lanes) if scores == width else lanes
+    others = [width for width in (32, 64, 128, 256) if width <= lanes] if scores == width else [lanes]
+    candidates = [
+        {"block": lanes, "num_warps": warps} for lanes in others for warps in (1, 2, 4) if 32 * warps <= lanes
+    ]
+    rule = {"block": block, "num_warps": max(1, block // 128)}
+    return tuned(f"softmax_scan {kernel}", (width, scores, str(v.dtype)), rule, candidates, launch)
+
+
+def _numbers(k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    """T, H, V, S."""
+    _, time, heads, width = v.shape
+    return time, heads, width, heads * k.shape[3]
 
 
 @torch.library.custom_op("rnnzoo::softmax_scan_triton", mutates_args=())
@@ -264,10 +273,15 @@ def forward(
     """(out, the final state's three tensors, states before each chunk: what backward needs; empty unless `keep`)."""
     outputs = _empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, keep)
     inputs = contiguous(k, v, decay, bonus, maximum, numerator, denominator, codes)
-    grid, sizes, blocks, warps = _launch(k, v)
     given = [x is not None for x in (decay, bonus, maximum, codes)]
+
+    def launch(sizes: dict[str, int]) -> None:
+        grid = *v.shape[:3:2], triton.cdiv(v.shape[3], sizes["block"])
+        flags = *given, keep, k.shape[3] != v.shape[3], CHUNK, sizes["block"]
+        forward_kernel[grid](*inputs, *outputs, *_numbers(k, v), *flags, num_warps=sizes["num_warps"])
+
     with torch.cuda.device_of(v):
-        forward_kernel[grid](*inputs, *outputs, *sizes, *given, keep, *blocks, num_warps=warps)
+        launch(_sizes("forward", k, v, launch))
     return outputs
 
 
@@ -301,11 +315,16 @@ def backward(
     """Gradients of k, v, decay and bonus (of each batch row), and the initial state's three tensors."""
     gradients = _empty_gradients(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)
     inputs = contiguous(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)
-    grid, sizes, blocks, warps = _launch(k, v)
-    scratch = kept.new_empty(grid[0] * grid[1] * grid[2] * 3 * CHUNK * blocks[2])
     given = [x is not None for x in (decay, bonus, codes)]
+
+    def launch(sizes: dict[str, int]) -> None:
+        grid = *v.shape[:3:2], triton.cdiv(v.shape[3], sizes["block"])
+        scratch = kept.new_empty(math.prod(grid) * 3 * CHUNK * sizes["block"])
+        flags = *given, k.shape[3] != v.shape[3], CHUNK, sizes["block"]
+        backward_kernel[grid](*inputs, scratch, *gradients, *_numbers(k, v), *flags, num_warps=sizes["num_warps"])
+
     with torch.cuda.device_of(v):
-        backward_kernel[grid](*inputs, scratch, *gradients, *sizes, *given, *blocks, num_warps=warps)
+        launch(_sizes("backward", k, v, launch))
     return gradients
 
 
