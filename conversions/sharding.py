@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["is_sharded", "shard_frozen", "units", "whole_model"]
+__all__ = ["gathers", "is_sharded", "shard_frozen", "units", "whole_model"]
 
 
 def units(student: Any) -> list[str]:
@@ -33,6 +33,15 @@ def shard_frozen(twin: Any, plugin: Any, device: torch.device) -> Any:
         if name != "layers":
             module.to(device)
     return twin
+
+
+def gathers(module: Any, method: str) -> Any:
+    """`method` of a module, which gathers the module's weights first if they are spread, as its forward does."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    if method not in vars(module):  # where it is not wrapped yet
+        register_fsdp_forward_method(module, method)
+    return getattr(module, method)
 
 
 def is_sharded(model: Any) -> bool:

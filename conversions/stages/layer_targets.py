@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...kernels.errors import RnnzooError
 from ...zoo.core.mixer import Mixer
 from ...zoo.core.registry import mixer_class
+from ..sharding import gathers
 
 if TYPE_CHECKING:
     from ...zoo.core.configuration import RecurrentConfig
@@ -60,7 +61,7 @@ def what_it_does(mixer: Any, hidden: Tensor, ctx: Context, target: str) -> Tenso
     "outputs" (B, T, D), "heads" (B, T, E), or "matrices" (B, H, T, T).
     """
     if target == "matrices":
-        return mixer.mixing_matrix(hidden, ctx).float()
+        return gathers(mixer, "mixing_matrix")(hidden, ctx).float()
     with _heads_of(mixer) if target == "heads" else contextlib.nullcontext([]) as heads:
         output, _ = mixer(hidden, None, ctx)
     return (heads[0] if target == "heads" else output).float()

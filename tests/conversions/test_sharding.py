@@ -64,7 +64,28 @@ def test_checkpointed_activations_end_at_the_same_weights(given, tmp_path, monke
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_a_sharded_student_and_teacher_end_where_whole_ones_do(given, tmp_path, checkpointing):
     teacher, recipe, data, alone = given
-    out = tmp_path / "model"
+    said = sharded(teacher, recipe, data, tmp_path / "model", checkpointing)
+    assert len(said) == 4  # two stages, two processes
+    assert_same_end(tmp_path / "model", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["hedgehog", "mamba2"])
+def test_sharded_layers_learn_the_matrices_that_whole_ones_do(given, tmp_path, student):
+    teacher, _, data, _ = given
+    align = {"name": "align", "kind": "align", "share": 1.0, "new_lr": 1e-2, "target": "matrices", "loss": "norm"}
+    options = RECIPE["student_options"] if student == "hedgehog" else {}
+    recipe = tmp_path / "matrices.yaml"
+    changes = {"student": student, "student_options": options, "state_budget": None, "stages": [align]}
+    recipe.write_text(yaml.safe_dump(RECIPE | changes))
+    convert(teacher, str(recipe), tmp_path / "alone", data=data, **SMALL)
+    said = sharded(teacher, str(recipe), data, tmp_path / "model")
+    assert len(said) == 2
+    assert_same_end(tmp_path / "model", tmp_path / "alone", ["align"])
+
+
+def sharded(teacher: str, recipe: str, data: list[str], out: Path, checkpointing: str = "false") -> list[str]:
+    """Converts by two processes; returns what they say of the stages: units, and shares of the parameters held."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     asked = ["convert", teacher, "--recipe", recipe, "--data", data[0], "--out", str(out), "--dtype", "float32"]
     environment = os.environ | FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": checkpointing}
@@ -73,8 +94,7 @@ def test_a_sharded_student_and_teacher_end_where_whole_ones_do(given, tmp_path, 
         capture_output=True, text=True, timeout=300, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = re.findall(r"units (\d+), share (\d\.\d\d)", done.stderr)
-    assert len(said) == 4  # two stages, two processes
-    for units, share in said:  # blocks, their mixers, embeddings with head and norm, and the model
+    found = re.findall(r"units (\d+), share (\d\.\d\d)", done.stderr)
+    for units, share in found:  # blocks, their mixers, embeddings with head and norm, and the model
         assert int(units) >= 6 and share == "0.50"
-    assert_same_end(out, alone)
+    return found
