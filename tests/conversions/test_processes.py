@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -58,25 +57,22 @@ def alone(given, tmp_path_factory) -> Path:
     return out
 
 
-def command(count: int, given, out: Path, *more: str) -> list[str]:
+def run(
+    count: int, given, out: Path, *more: str, program: Sequence[str] = ("-m", "rnnzoo")
+) -> subprocess.CompletedProcess:
     teacher, recipe, data = given
-    start = [sys.executable, "-m"]
-    if count > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
-    asked = ["rnnzoo", "convert", teacher, "--recipe", recipe, "--data", data[0], "--out", str(out), "--dtype"]
-    return [*start, *asked, "float32", "--no-evaluate", "--json", *more]
-
-
-def run(count: int, given, out: Path, *more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(count, given, out, *more), capture_output=True, text=True, timeout=300)
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    asked = ["convert", teacher, "--recipe", recipe, "--data", data[0], "--out", str(out), "--dtype", "float32"]
+    command = [sys.executable, *start, *program, *asked, "--no-evaluate", "--json", *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def losses(out: Path, stage: str) -> list[float]:
     return [line["loss"] for line in read_metrics(out / ".rnnzoo" / stage)]
 
 
-def assert_same_end(ours: Path, theirs: Path) -> None:
-    for stage in ("align", "distill"):
+def assert_same_end(ours: Path, theirs: Path, stages: Sequence[str] = ("align", "distill")) -> None:
+    for stage in stages:
         assert losses(ours, stage) == pytest.approx(losses(theirs, stage), abs=2e-3)
     one, two = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
     assert set(one) == set(two)
@@ -96,28 +92,23 @@ def test_two_processes_end_where_one_does(given, alone, tmp_path):
     assert len(losses(out, "align")) == 4 and len(losses(out, "distill")) == 6
 
 
-def stop_after(process: subprocess.Popen, out: Path, stage: str, step: int) -> None:
-    """Kills all processes of a run, without warning, as soon as this step's checkpoint is whole."""
-    whole = out / ".rnnzoo" / stage / f"checkpoint-{step}" / "complete"
-    limit = time.monotonic() + 120
-    while not whole.exists():
-        assert time.monotonic() < limit and process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:  # torchrun's are no group
-        one.kill()
-    process.communicate()
+def stop_and_go_on(given, out: Path, stage: str, step: int, before: int, after: int, *more: str) -> None:
+    """A run by `before` processes dies in a stage, as `dies.py` says, and `after` of them end it."""
+    dying = [str(Path(__file__).with_name("dies.py")), stage, str(step)]
+    done = run(before, given, out, *more, program=dying)
+    assert done.returncode == -9 or (before > 1 and "SIGKILL" in done.stderr), done.stderr
+    assert not (out / "model.safetensors").exists()
+    assert bool(list((out / ".rnnzoo" / stage).glob("checkpoint-*/complete"))) == (step > 0)
+    done = run(after, given, out, *more)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_stopped_run_goes_on_with_another_number_of_processes(given, alone, tmp_path, before, after):
-    out = tmp_path / "model"
-    process = subprocess.Popen(command(before, given, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    stop_after(process, out, "distill", 2)
-    assert not (out / "model.safetensors").exists()
-    done = run(after, given, out)
-    assert done.returncode == 0, done.stderr
-    assert_same_end(out, alone)
+@pytest.mark.parametrize(("stage", "step"), [("calibrate", 0), ("align", 2), ("distill", 2)])
+def test_a_stopped_run_goes_on_with_another_number_of_processes(given, alone, tmp_path, stage, step, before, after):
+    stop_and_go_on(given, tmp_path / "model", stage, step, before, after)
+    assert_same_end(tmp_path / "model", alone)
 
 
 def test_steps_that_cannot_be_divided_are_refused():
