@@ -40,6 +40,11 @@ class Packed:
         exponents = torch.zeros(*rows, width // _block(width), dtype=torch.int8, device=device)
         return cls(torch.zeros(*rows, stored, dtype=kind, device=device), exponents)
 
+    @property
+    def width(self) -> int:
+        """Of the vectors."""
+        return self.codes.shape[-1] * (2 if self.codes.dtype == torch.uint8 else 1)
+
     def select(self, *index: Tensor) -> Packed:
         """The vectors at these places of the leading axes."""
         return Packed(self.codes[index], self.exponents[index])

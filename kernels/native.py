@@ -45,6 +45,8 @@ FLAGS = (
 MACHINE_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
+# Told of every call of C: the function and its arguments (`kernels/tape`).
+listener: Callable[[Callable[..., None], tuple[int | float | None, ...]], None] | None = None
 _libraries: dict[str, ctypes.CDLL] = {}
 _problems: dict[str, str | None] = {}
 _lock = threading.RLock()
@@ -118,7 +120,13 @@ def function(folder: str, name: str, signature: str) -> Callable[..., None]:
         raise RuntimeError(f"kernels/{folder}/cpu.c: {reason}")
     entry = getattr(_libraries[folder], name)
     entry.argtypes, entry.restype = [TYPES[letter] for letter in signature], None
-    return entry
+
+    def call(*arguments: int | float | None) -> None:
+        entry(*arguments)
+        if listener is not None:
+            listener(entry, arguments)
+
+    return call
 
 
 def pointer(tensor: Tensor | None) -> int | None:

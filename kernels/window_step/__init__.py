@@ -18,7 +18,7 @@ from ..checks import expect
 from ..dispatch import dispatch, register
 from ..microscaling import Packed
 
-__all__ = ["State", "window_step"]
+__all__ = ["State", "leaving_keys", "window_step"]
 
 
 class State(Protocol):
@@ -44,6 +44,26 @@ def _chunked():
     return window_step
 
 
+def _cpu_keys():
+    from .cpu import leaving_keys
+
+    return leaving_keys
+
+
+def _chunked_keys():
+    from .chunked import leaving_keys
+
+    return leaving_keys
+
+
+def _cpu_keys_supports(*, state, lengths, dtype) -> str | None:
+    ring = state.ring_k
+    parts = [ring] if isinstance(ring, Tensor) else [ring.codes, ring.exponents]
+    if not all(part.is_contiguous() for part in parts):
+        return "a ring that is not contiguous"
+    return native.supports("window_step", {"dtype": torch.empty(0, dtype=dtype), "ring": parts[0]})
+
+
 def _cpu_supports(*, q, near, far, k, v, leaving, g, factor, state, lengths, sinks, anchor, scale) -> str | None:
     if sinks > 128:
         return "more than 128 sinks"
@@ -63,6 +83,8 @@ def _cpu_available() -> str | None:
 
 register("window_step", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
 register("window_step", "chunked", _chunked, priority=10)
+register("leaving_keys", "cpu", _cpu_keys, priority=20, supports=_cpu_keys_supports, available=_cpu_available)
+register("leaving_keys", "chunked", _chunked_keys, priority=10)
 
 
 def window_step(
@@ -116,3 +138,17 @@ def window_step(
         "scale": scale,
     }
     return dispatch("window_step", call, backend)
+
+
+def leaving_keys(
+    state: State, *, lengths: tuple[int, ...], dtype: torch.dtype | None = None, backend: str | None = None
+) -> Tensor:
+    """Keys (B, Hk, D) of the tokens whose rows in the rings the next token takes; anything where there is none yet.
+
+    Args:
+        lengths: of the window of each head. dtype: of the result; None: the ring's own (float32 where it is packed).
+    """
+    ring = state.ring_k
+    if dtype is None:
+        dtype = ring.dtype if isinstance(ring, Tensor) else torch.float32
+    return dispatch("leaving_keys", {"state": state, "lengths": lengths, "dtype": dtype}, backend)

@@ -71,3 +71,12 @@ def _parts(ring: Tensor | Packed) -> list[Tensor]:
 
 def _new_parts(ring: Tensor | Packed, x: Tensor) -> list[Tensor]:
     return [x] if isinstance(ring, Tensor) else _parts(pack(x, _bits(ring)))
+
+
+@torch.no_grad()
+def leaving_keys(*, state: State, lengths: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """See `kernels.window_step`."""
+    slots = ring_slots(state.count, lengths)
+    rows = torch.arange(len(slots), device=slots.device)[:, None]
+    ring = state.ring_k
+    return ring[rows, slots].to(dtype) if isinstance(ring, Tensor) else ring.select(rows, slots).unpack(dtype)

@@ -272,3 +272,19 @@ void window_step(const float *q, const float *near, const float *far, const floa
     free(largest);
     free(rooms);
 }
+
+/* keys (batch, kv_heads, width) of the rows that the next token overwrites, count[b] % lengths[h] in each head's ring. */
+void leaving_keys(void *ring_k, int8_t *exponents, const i64 *count, const i64 *lengths, float *keys, i64 batch,
+                  i64 kv_heads, i64 width, i64 kind) {
+    Rows ring = rows_of(ring_k, exponents, width, kind);
+    i64 rows = 0, padded = PADDED(width);
+    for (i64 h = 0; h < kv_heads; h++) rows += lengths[h];
+    for (i64 b = 0; b < batch; b++) {
+        i64 first = b * rows;
+        for (i64 h = 0; h < kv_heads; first += lengths[h++]) {
+            float row[padded];
+            read_row(&ring, first + count[b] % lengths[h], row);
+            memcpy(keys + (b * kv_heads + h) * width, row, (size_t)width * 4);
+        }
+    }
+}

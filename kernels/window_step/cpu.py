@@ -67,3 +67,17 @@ def window_step(
         *(key_width**-0.5, scale, torch.get_num_threads()),
     )
     return o.to(v.dtype)
+
+
+@torch.no_grad()
+def leaving_keys(*, state: State, lengths: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """See `kernels.window_step`."""
+    ring = state.ring_k
+    batch, width = len(state.count), ring.shape[-1] if isinstance(ring, Tensor) else ring.width
+    keys = torch.empty(batch, len(lengths), width)
+    function("window_step", "leaving_keys", "p" * 5 + "i" * 4)(
+        *_pointers(ring),
+        *(pointer(state.count), pointer(_lengths(tuple(lengths))), pointer(keys)),
+        *(batch, len(lengths), width, _kind(ring)),
+    )
+    return keys.to(dtype)

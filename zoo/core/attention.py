@@ -154,7 +154,21 @@ class FullAttention(Mixer):
         return self.proj.o_proj(o.flatten(-2))
 
     def forward(self, hidden: Tensor, state: KeyValueState | None, ctx: Context):
-        q, k, v = (x.transpose(1, 2) for x in self.project(hidden, ctx))
+        q, k, v = self.project(hidden, ctx)
+        if not ctx.in_place or state is None:
+            o, after = self.attend(q, k, v, state, ctx)
+            return self.read_out(o, hidden), after
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            o, after = self.attend(q, k, v, state, ctx)
+            vars(state).update(vars(after))
+            return o
+
+        return self.read_out(ctx.outside(attend, q, k, v), hidden), state
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, ctx: Context):
+        """What the heads read, (B, T, H, dv), and the state with the new keys and values."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         past_valid = None
         if state is not None:
             past_valid = state.valid
@@ -169,7 +183,7 @@ class FullAttention(Mixer):
             if key not in ctx.memo:
                 ctx.memo[key] = attention_mask(ctx, past_valid, span, self.window, q.device)
             mask, causal = ctx.memo[key], False
-        o = self.read_out(_attend(q, k, v, mask, causal).transpose(1, 2), hidden)
+        o = _attend(q, k, v, mask, causal).transpose(1, 2)
         return o, None if state is None else self._next_state(k, v, past_valid, ctx)
 
     def _next_state(self, k: Tensor, v: Tensor, past_valid: Tensor | None, ctx: Context) -> KeyValueState:

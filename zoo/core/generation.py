@@ -7,12 +7,18 @@ from transformers.generation import GenerationMixin
 
 from ...kernels.errors import RnnzooError
 from .cache import CACHE_NAME, RecurrentCache
+from .decoding import replaying
 
 __all__ = ["RecurrentGenerationMixin"]
 
 
 class RecurrentGenerationMixin(GenerationMixin):
     """generate() with a `RecurrentCache`."""
+
+    def generate(self, *args, **kwargs):
+        """As in transformers; on a CPU, tokens after the second are replayed (`decoding.py`)."""
+        with replaying(self):
+            return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

@@ -66,6 +66,8 @@ class Context:
         in_place: one token a row, no gradients, and nobody else needs the state: a mixer may change it in place.
         memo: scratch for one call of the model, for values without gradients that layers of one kind share (attention
             masks).
+        outside: calls a function of tensors, whose result has one shape at every token, that cannot be replayed
+            (`decoding.py`): in place, and with tensors that grow or values that decide.
         carried: what an earlier layer left here for the later ones (RWKV-7's first values), gradients included; None in
             the first layer and in one that runs alone. A mixer may set it; the block takes and returns it.
     """
@@ -77,6 +79,9 @@ class Context:
     shared: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict, repr=False)
     prefix: Tensor | None = None
     in_place: bool = False
+    outside: Callable[..., Tensor] = dataclasses.field(
+        default=lambda function, *tensors: function(*tensors), repr=False
+    )
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
     carried: Tensor | None = dataclasses.field(default=None, repr=False)
 

@@ -30,10 +30,9 @@ from ...kernels.gated_linear_attention import (
     WindowState,
     gated_linear_attention,
     ring_positions,
-    ring_slots,
 )
 from ...kernels.microscaling import quantise
-from ...kernels.window_step import window_step
+from ...kernels.window_step import leaving_keys, window_step
 from ..core.attention import AttentionProjections
 from ..core.mixer import AttentionWeights, Context
 from ..core.modeling import model_classes
@@ -99,12 +98,9 @@ class HedgehogMixer(FeatureMaps):
 
     def _leaving_features(self, state: WindowState | PackedHedgehogState, ctx: Context, dtype: torch.dtype) -> Tensor:
         """Features (B, Hk, F) of the keys whose rows the next token takes."""
-        slots = ring_slots(state.count, self.lengths)
-        rows = torch.arange(len(slots), device=slots.device)[:, None]
-        ring = state.ring_k
-        keys = ring[rows, slots] if isinstance(ring, Tensor) else ring.select(rows, slots).unpack(dtype)
+        keys = leaving_keys(state, lengths=self.lengths, dtype=dtype)
         if self.prototypes:
-            positions = state.count[:, None] - slots.new_tensor(self.lengths)
+            positions = state.count[:, None] - state.count.new_tensor(self.lengths)
             keys = ctx.rotary.unrotate(keys[:, :, None], positions)[:, :, 0]
         return self._features_of(torch.einsum("bhd,hdf->bhf", keys, self.key_map.to(keys.dtype)))
 
@@ -114,7 +110,8 @@ class HedgehogMixer(FeatureMaps):
 
     def _window(self, q: Tensor, k: Tensor, dtype: torch.dtype, ctx: Context) -> Window:
         """The exact part, of heads before rotation."""
-        far = bool(ctx.positions.max() >= self.config.sink_distance)
+        # In place always: a replay decides nothing.
+        far = ctx.in_place or bool(ctx.positions.max() >= self.config.sink_distance)
         return Window(
             q=ctx.rotary.rotate(q, ctx.positions),
             k=ctx.rotary.rotate(k, ctx.positions).to(dtype),

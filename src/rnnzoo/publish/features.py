@@ -19,7 +19,8 @@ STATEFUL = """\
     # generate() refuses assisted decoding, which needs a cache that rolls back: rnnzoo has one.
     _is_stateful = True
 """
-# Rollback, which assisted decoding needs, keeps the inputs of every layer and runs them again.
+# Rollback, which assisted decoding needs, keeps the inputs of every layer and runs them again; replayed decoding needs
+# tapes. Both are rnnzoo's.
 RECORDING = frozenset({"begin_recording", "record", "end_recording"})
 CROPPING = frozenset({"activate_past_recording", "crop", "_expect_whole_prefixes", "_replay"})
 ROLLBACK = {
@@ -31,12 +32,15 @@ ROLLBACK = {
         ),
     ),
     "zoo.core.modeling": Facts(
-        values={"cache.recording": False},
-        members=frozenset({"RecurrentModel.replay", "RecurrentBlock.advance"}),
+        values={"cache.recording": False, "replayed": False},
+        members=frozenset({"RecurrentModel.replay", "RecurrentModel.decoding", "RecurrentBlock.advance"}),
+        targets=frozenset({"replayed"}),
         rewritten={"RecurrentPreTrainedModel._is_stateful": STATEFUL},
         calls=RECORDING,
     ),
-    "zoo.core.generation": Facts(values={"generation_config.is_assistant": False}),
+    "zoo.core.generation": Facts(
+        values={"generation_config.is_assistant": False}, members=frozenset({"RecurrentGenerationMixin.generate"})
+    ),
 }
 LINEAR = tuple("kernels.gated_linear_attention" + part for part in ("", ".chunked", ".linear_part"))
 WINDOW = {"kernels.gated_linear_attention": Facts(values={"window": None})}

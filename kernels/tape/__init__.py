@@ -1,0 +1,116 @@
+"""A tape: what one call did, to be done again on the same memory by a few calls of C.
+
+Decoding a token of a small model is some hundred operations of a few microseconds, and most of the time goes by between
+them. While a `Tape` is the active context, it writes down every operation of torch and every call of the kernels' own
+C code, with the addresses that they read and write; `replay` does the same again, on the values that are there then.
+It is to CPUs what CUDA graphs are to GPUs, on the same conditions: the same shapes, and nothing that depends on values.
+
+    with Tape() as tape:
+        y = f(x)
+    if tape.problem is None:
+        x.copy_(other)
+        tape.replay()              # y is f(other), up to rounding
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from .. import native
+from .lowering import Operand, Step, Unsupported, lower
+
+__all__ = ["Tape", "available"]
+
+
+def available() -> str | None:
+    """Why tapes cannot be replayed on this machine; None where they can."""
+    return native.problem("tape")
+
+
+class Tape(TorchDispatchMode):
+    """The operations under it, in order.
+
+    Attributes:
+        problem: the first operation that cannot be replayed, or None. From there on nothing more is written down.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problem: str | None = available()
+        self._steps: list[Step] = []
+        self._calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        # Whatever was seen stays allocated, so that no address is used twice.
+        self._kept: list[Any] = []
+        # Of operations with several results, only the first is made again (norms return their statistics, too).
+        self._unwritten: set[int] = set()
+
+    def __enter__(self) -> Tape:
+        native.listener, self._before, self._thread = self._native, native.listener, threading.get_ident()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        native.listener = self._before
+        self._flush()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self.problem is None:
+            self._kept.append((args, kwargs, result))
+            try:
+                if any(isinstance(x, Tensor) and x.data_ptr() in self._unwritten for x in args):
+                    raise Unsupported("a second result of an operation")
+                self._steps += lower(func, args, kwargs, result, self._kept)
+            except Unsupported as reason:
+                self.problem = str(reason)
+            if isinstance(result, tuple):
+                self._unwritten |= {x.data_ptr() for x in result[1:] if isinstance(x, Tensor) and x.numel()}
+        return result
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Adds: target becomes source, of the same shape."""
+        with self:
+            target.copy_(source)
+
+    def outside(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Calls `function` past the tape; a replay calls it again, on the same tensors, for a result of one shape."""
+        if self.problem is not None:
+            return function(*tensors)
+        self._flush()
+        before, native.listener = native.listener, None
+        with _disable_current_modes():
+            result = function(*tensors)
+        native.listener = before
+        self._calls.append((lambda: result.copy_(function(*tensors)), ()))
+        self._kept.append((tensors, result))
+        return result
+
+    def replay(self) -> None:
+        """Does again what was written down."""
+        for run, arguments in self._calls:
+            run(*arguments)
+
+    def _native(self, entry: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        if self.problem is None and threading.get_ident() == self._thread:
+            self._flush()
+            self._calls.append((entry, arguments))
+
+    def _flush(self) -> None:
+        if self._steps:
+            steps = (Step * len(self._steps))(*self._steps)
+            self._kept.append(steps)
+            address = ctypes.cast(steps, ctypes.c_void_p)
+            run = native.function("tape", "tape_run", "pii")
+            self._calls.append((run, (address, len(steps), torch.get_num_threads())))
+            self._steps = []
+
+
+assert ctypes.sizeof(Operand) == 48 and ctypes.sizeof(Step) == 304, "as in cpu.c"

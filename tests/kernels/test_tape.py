@@ -1,0 +1,227 @@
+"""Tapes: a replay does what the operations did, on the values that are there then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rnnzoo.kernels.gated_linear_attention import gated_linear_attention_step
+from rnnzoo.kernels.tape import Tape
+
+UNARY = {
+    "exp": torch.exp,
+    "log": lambda x: torch.log(x.abs() + 0.1),
+    "sqrt": lambda x: torch.sqrt(x.abs()),
+    "rsqrt": lambda x: torch.rsqrt(x.abs() + 0.1),
+    "reciprocal": lambda x: torch.reciprocal(x + 20),
+    "neg": torch.neg,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "softplus": F.softplus,
+    "softplus with options": lambda x: F.softplus(x, 2.0, 3.0),
+    "logsigmoid": F.logsigmoid,
+    "sin and cos": lambda x: x.sin() * x.cos(),
+    "erf": torch.erf,
+    "expm1": torch.expm1,
+    "log1p": lambda x: torch.log1p(x.abs()),
+    "square": torch.square,
+    "power": lambda x: x.abs() ** 1.5,
+    "by numbers": lambda x: 3 - (x * 2 + 1) / 4,
+    "clamp": lambda x: x.clamp(-0.5, 0.7) + x.clamp(min=0.1) + x.clamp(max=0.2),
+    "where": lambda x: torch.where(x > 0, x, x * 0.5) + (x <= 0.3).to(x.dtype),
+    "masked_fill": lambda x: x.masked_fill(x != x.abs(), -7.0),
+    "sum": lambda x: x.sum(-1, keepdim=True) + x.sum(),
+    "mean": lambda x: x.mean(-1, keepdim=True) + x.mean((1, -1), keepdim=True),
+    "amax": lambda x: x.amax(-1, keepdim=True),
+    "norm": lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True) + x.norm(dim=1, keepdim=True),
+    "normalize": lambda x: F.normalize(x, dim=-1),
+    "softmax": lambda x: x.softmax(-1) + x.softmax(0),
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "rms_norm": lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-6),
+    "cat and split": lambda x: torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1),
+    "stack": lambda x: torch.stack([x, x + 1], 1),
+    "pad": lambda x: F.pad(x, (1, 2)) + F.pad(x, (-1, 4)),
+    "repeat": lambda x: x.repeat(2, 1, 3) + x.repeat_interleave(2, 0).repeat_interleave(3, 2),
+    "transpose": lambda x: x.transpose(0, 2).contiguous() + 1,
+    "glu": lambda x: F.glu(x, -1),
+    "in place": lambda x: x.clone().mul_(2).add_(x, alpha=3).clamp_(max=4),
+    "constants": lambda x: x + torch.ones_like(x) + torch.full_like(x, 2) - x.new_zeros(x.shape[-1]),
+    "outer": lambda x: torch.einsum("abd,ace->bcde", x, x),
+    "to float and back": lambda x: (x.float() * 2).to(x.dtype),
+    "a slice is written": lambda x: _with_a_slice_written(x),
+}
+BINARY = {
+    "arithmetic": lambda x, y: (x + y) * y - x / (y.abs() + 1),
+    "maximum": lambda x, y: torch.maximum(x, y) + torch.minimum(x, y[:, :1]),
+    "logaddexp": torch.logaddexp,
+    "lerp": lambda x, y: torch.lerp(x, y, torch.sigmoid(x)) + torch.lerp(x, y, 0.7),
+    "addcmul": lambda x, y: torch.addcmul(x, y, x, value=0.5),
+    "comparisons": lambda x, y: ((x < y).to(x.dtype) + (x >= y).to(x.dtype) * 2) * x,
+    "batched product": lambda x, y: x @ y.transpose(1, 2),
+    "batched product of rows": lambda x, y: x @ y.transpose(1, 2).contiguous(),
+    "baddbmm": lambda x, y: torch.baddbmm(x @ y.transpose(1, 2), x, y.transpose(1, 2), beta=0.5, alpha=2),
+}
+
+
+def _with_a_slice_written(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    y[:, :1] = 3 * x[:, :1]
+    return y
+
+
+def replayed(function, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a replay gives for `inputs`, having been recorded for others; and what the function gives."""
+    held = [torch.randn_like(x) for x in inputs]
+    with torch.no_grad():
+        with Tape() as tape:
+            out = function(*held)
+        assert tape.problem is None, tape.problem
+        expected = function(*inputs)
+        for mine, given_ in zip(held, inputs, strict=True):
+            mine.copy_(given_)
+        out.fill_(torch.nan)
+        tape.replay()
+    return out, expected
+
+
+def close(out: torch.Tensor, expected: torch.Tensor) -> None:
+    half = out.dtype == torch.bfloat16
+    scale = expected.abs().max().clamp(min=1).item()
+    torch.testing.assert_close(out, expected, rtol=2e-2 if half else 1e-5, atol=(2e-2 if half else 2e-6) * scale)
+
+
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 5), st.sampled_from([2, 6, 16, 34, 130, 260]))
+
+
+@pytest.mark.parametrize("name", UNARY)
+@settings(derandomize=True, deadline=None, max_examples=8)
+@given(shape=SHAPES, half=st.booleans(), seed=st.integers(0, 99))
+def test_a_replay_gives_what_torch_gives(name, shape, half, seed):
+    torch.manual_seed(seed)
+    close(*replayed(UNARY[name], (2 * torch.randn(shape)).to(torch.bfloat16 if half else torch.float32)))
+
+
+@pytest.mark.parametrize("name", BINARY)
+@settings(derandomize=True, deadline=None, max_examples=8)
+@given(shape=SHAPES, half=st.booleans(), seed=st.integers(0, 99))
+def test_a_replay_of_two_tensors_gives_what_torch_gives(name, shape, half, seed):
+    torch.manual_seed(seed)
+    x, y = (torch.randn(shape).to(torch.bfloat16 if half else torch.float32) for _ in range(2))
+    close(*replayed(BINARY[name], x, y))
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 5),
+    depth=st.sampled_from([1, 7, 16, 33, 64, 200, 257]),
+    outs=st.sampled_from([1, 5, 16, 100, 300]),
+    bias=st.booleans(),
+    half=st.booleans(),
+    across=st.booleans(),
+)
+def test_linear_layers_of_any_size(rows, depth, outs, bias, half, across):
+    torch.manual_seed(rows * depth + outs)
+    dtype = torch.bfloat16 if half else torch.float32
+    weight = torch.randn(depth, outs, dtype=dtype).t() if across else torch.randn(outs, depth, dtype=dtype)
+    added = torch.randn(outs, dtype=dtype) if bias else None
+    out, expected = replayed(lambda x: F.linear(x, weight, added), torch.randn(rows, 1, depth, dtype=dtype))
+    exact = torch.float32
+    torch.testing.assert_close(
+        out.to(exact), expected.to(exact), rtol=2e-2 if half else 1e-4, atol=(5e-2 if half else 1e-5) * depth**0.5
+    )
+
+
+def test_integers_are_exact_and_index_angles():
+    frequencies = torch.rand(8)
+
+    def angles(position: torch.Tensor) -> torch.Tensor:
+        later = (position + 1 - torch.tensor([3, 5])).clamp(max=2**40)
+        return (later.float()[:, None] * frequencies).cos()
+
+    position = torch.tensor([7])
+    with torch.no_grad():
+        with Tape() as tape:
+            out = angles(position)
+            count = position * 3 + 2**40
+        assert tape.problem is None
+        position.fill_(123_456_789)
+        tape.replay()
+    assert count.item() == 3 * 123_456_789 + 2**40
+    torch.testing.assert_close(out, angles(position), rtol=1e-5, atol=1e-5)
+
+
+def test_group_norm_is_replayed():
+    weight, bias = torch.randn(2, 12)
+    close(*replayed(lambda x: F.group_norm(x, 3, weight, bias), torch.randn(4, 12)))
+
+
+def test_kernels_in_c_are_replayed_on_their_state():
+    state, mine = torch.randn(1, 2, 8, 8), None
+    q, k, v = torch.randn(3, 1, 2, 8)
+    with torch.no_grad():
+        mine = state.clone()
+        with Tape() as tape:
+            out = gated_linear_attention_step(q * 2, k, v, None, mine)
+        assert tape.problem is None
+        for _ in range(2):
+            tape.replay()
+        for _ in range(3):
+            expected = gated_linear_attention_step(q * 2, k, v, None, state)
+    torch.testing.assert_close(mine, state)
+    torch.testing.assert_close(out, expected)
+
+
+def test_what_cannot_be_replayed_is_named_and_results_stay_right():
+    x = torch.randn(5, 5)
+    with torch.no_grad(), Tape() as tape:
+        y = x.cumsum(0) * 2
+    assert tape.problem is not None and "cumsum" in tape.problem
+    torch.testing.assert_close(y, x.cumsum(0) * 2)
+    with torch.no_grad(), Tape() as tape:
+        assert bool((x == x).all())
+    assert tape.problem is not None
+
+
+def test_a_second_result_is_not_replayed():
+    x = torch.randn(3, 8)
+    with torch.no_grad(), Tape() as tape:
+        _, mean, _ = torch.native_layer_norm(x, [8], None, None, 1e-5)
+        mean + 1
+    assert tape.problem is not None and "second result" in tape.problem
+
+
+def test_what_lies_outside_is_called_again():
+    x, seen = torch.randn(3), []
+
+    def grows(y: torch.Tensor) -> torch.Tensor:
+        seen.append(y.clone())
+        return torch.stack(seen).cumsum(0)[-1]
+
+    with torch.no_grad():
+        with Tape() as tape:
+            out = tape.outside(grows, x * 2) + 1
+        first = x.clone()
+        x.copy_(torch.randn(3))
+        tape.replay()
+    assert tape.problem is None
+    torch.testing.assert_close(out, 2 * first + 2 * x + 1)
+
+
+def test_one_thread_or_two_give_the_same_bits():
+    threads, results = torch.get_num_threads(), []
+    weight = torch.randn(600, 300, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 300, generator=torch.Generator().manual_seed(1))
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            results.append(replayed(lambda x: F.linear(x, weight).softmax(-1), x)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
