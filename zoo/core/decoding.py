@@ -98,7 +98,9 @@ class Replay:
         if self._cache is not None:
             same = hidden.shape == self._layers[0].hidden.shape and ctx.positions.shape == self._positions.shape
             tapes = zip(self._layers, cache.states, strict=False)
-            self._ended = not (same and cache is self._cache) or any(entry.replayed and entry.state is not state for entry, state in tapes)
+            self._ended = not (same and cache is self._cache) or any(
+                entry.replayed and entry.state is not state for entry, state in tapes
+            )
         return not self._ended
 
     def __call__(self, model: RecurrentModel, cache: RecurrentCache, hidden: Tensor, ctx: Context) -> Tensor:
