@@ -52,7 +52,7 @@ class Measuring(Stage):
             raise RnnzooError("feature_widths and budget_context divide a budget; give the recipe a state_budget.")
 
 
-PARTS = ("windows", "features", "decay", "scale", "output")
+PARTS = ("windows", "features", "decay", "values", "scale", "output")
 WINDOW_PARTS = ("windows", "features")
 
 
@@ -63,7 +63,8 @@ class Calibrate(Measuring):
     Attributes:
         parts: of PARTS, which run in that order; none: those that the student has (`chosen`). Windows and features are
             for hedgehog layers, which need nothing else (on SmolLM2-135M, 8,000 tokens, a refit of the output raises
-            their perplexity from 39 to 54); the others are for all, see `stages/closed_form.py`.
+            their perplexity from 39 to 54); the others are for all, see `stages/closed_form.py`. "values" has to be
+            asked for, and passes over layers that are not linear in their values.
         ridge: how strongly the output is drawn to the weight that it replaces; 0: chosen for each layer by its error on
             text that it was not fitted to.
         correct: share of what the layers before left that a layer mends, from 0 to 1.

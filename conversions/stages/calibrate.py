@@ -48,7 +48,8 @@ def fit_if_better(
     alone.
 
     Returns:
-        Mean errors of the layers and losses per token, before and after, and whether the fit was `kept`.
+        Mean errors of the layers and losses per token, before and after, whether the fit was `kept` and, where values
+        were to be refitted, in how many layers they are.
     """
     bf16 = job.dtype == torch.bfloat16
     fitted, judged = data, data
@@ -67,7 +68,8 @@ def fit_if_better(
     errors = [sum(layer[name] for layer in layers) / max(1, len(layers)) for name in ("before", "after")]
     found = [value if math.isfinite(value) else None for value in errors + losses]
     names = ("error_before", "error_after", "loss_before", "loss_after")
-    return dict(zip(names, found, strict=True)) | {"fits_kept": kept}
+    record = dict(zip(names, found, strict=True)) | {"fits_kept": kept}
+    return record | ({"values_refitted": sum(layer["values"] for layer in layers)} if "values" in parts else {})
 
 
 @torch.no_grad()

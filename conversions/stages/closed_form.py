@@ -4,6 +4,8 @@ Two streams of hidden states go through the blocks side by side: the teacher's h
 the calibration text at one layer at a time. Where a layer was converted:
 
 decay     its heads start to forget at the pace at which the teacher's heads look back (`distances`).
+values    W_v of mixers that are linear in their values (`values`), where the layer's error on text that neither W_v nor
+          W_o was fitted to is less with it.
 scale     o_h <- o_h <t_h, o_h> / <o_h, o_h> for the heads' outputs o_h and the teacher's t_h, in W_o's columns.
 output    W_o <- argmin_W  sum_t w_t |y_t W^T - target_t|^2 + lambda |W - W_o|^2, y_t what W_o is given, gates and norms
           included; target_t = attention(h)_t + correct (h_t - s_t), so that a layer mends in part what those before it
@@ -31,7 +33,9 @@ from ...kernels.errors import RnnzooError
 from ...zoo.core.mixer import Context, Mixer
 from ...zoo.core.registry import ATTENTION_TYPES
 from .distances import Distances
-from .least_squares import Gram, chosen_ridge
+from .least_squares import RIDGES, Gram, chosen_ridge, held_out
+from .linear_layers import set_with_bias, with_bias
+from .values import Values
 
 if TYPE_CHECKING:
     from ...zoo.core.modeling import RecurrentBlock, RecurrentForCausalLM
@@ -91,15 +95,15 @@ def fit_layers(
     weights: Tensor | None = None,
     bf16: bool = False,
     report: Report = lambda done, total: None,
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Refits the converted layers (those in `only`; None: all) in place.
 
     Args:
         weights: (layers, N, T), of the tokens in each layer's least squares; None: all alike.
         bf16: run the layers in bfloat16 where autocast does; sums are float64 in any case.
     Returns:
-        A dict for each layer that was refitted: layer, and the relative squared errors of its output `before` and
-        `after`, weighted as the fit is.
+        A dict for each layer that was refitted: layer, the relative squared errors of its output `before` and `after`,
+        weighted as the fit is, and whether its `values` are among what is new.
     Raises:
         RnnzooError: a layer's outputs are not finite.
     """
@@ -122,7 +126,7 @@ def fit_layers(
                         f"The outputs of the student's layer {number} are not finite on the calibration text; leave "
                         "the calibrate stage out, or choose another student."
                     )
-                found.append({"layer": number, "before": before, "after": after})
+                found.append({"layer": number, "before": before, "after": after, "values": layer.values_refitted})
             for stream in students:
                 stream.advance(ours)
             report(number + 1, len(student.model.layers))
@@ -143,6 +147,8 @@ class Layer:
         self.heads: list[Tensor] = []  # (T, H * d) each, before the teacher's W_o
         self.wanted: list[Tensor] = []  # (T, D): attention(h) + correct h
         self.streams: list[Tensor] = []  # (T, D): h behind the layer
+        self.weights: list[Tensor | None] = []  # (T,): of the tokens in the least squares
+        self.values_refitted = False
         self.fits_heads = theirs.mixer.proj.o_proj.in_features == output.in_features
 
     def teach(self, streams: list[Stream]) -> None:
@@ -171,12 +177,17 @@ class Layer:
         return None if self.gradients is None else self.gradients[row]
 
     def fit(self, streams: list[Stream]) -> tuple[float, float]:
-        """Scale and output; the layer's weighted relative errors before and after."""
+        """Values, scale and output; the layer's weighted relative errors before and after."""
         halves, dots = self.sums(streams)
         gram = halves[0] + halves[1]
         if not gram.finite():
             return math.nan, math.nan
-        weight = before = with_bias(self.output)
+        weight = with_bias(self.output)
+        before = gram.error(weight)
+        self.values_refitted = "values" in self.how.parts and self.fits_heads and self.fit_values(streams, halves)
+        if self.values_refitted:
+            halves, dots = self.sums(streams)
+            gram = halves[0] + halves[1]
         if dots is not None and "scale" in self.how.parts:
             factors = dots[0] / dots[1].clamp(min=torch.finfo(torch.float64).tiny)
             columns = factors.repeat_interleave(self.output.in_features // len(factors))
@@ -185,7 +196,26 @@ class Layer:
             ridge = self.how.ridge or chosen_ridge(halves, weight)
             weight = gram.refit(weight, ridge) if math.isfinite(ridge) else weight
         set_with_bias(self.output, weight)
-        return gram.error(before), gram.error(weight)
+        return before, gram.error(weight)
+
+    def fit_values(self, streams: list[Stream], halves: tuple[Gram, Gram]) -> bool:
+        """Whether the values are refitted now; halves: the sums of `sums` with the values as they were."""
+        heads = self.theirs.mixer.proj.num_heads
+        values = Values.of(self.ours, self.output, heads, streams[0])
+        if values is None:
+            return False
+        both, apart = values.fitted(streams, self.heads, self.weights, self.how.ridge)
+        sums = []
+        for weight in apart:
+            with values.replaced(weight):
+                sums.append(self.sums(streams)[0])
+        output, ridges = with_bias(self.output), RIDGES if "output" in self.how.parts else ()
+        before = min(held_out(halves, halves[::-1], output, ridges))
+        after = min(held_out((sums[0][0], sums[1][1]), (sums[0][1], sums[1][0]), output, ridges))
+        if not after < before:
+            return False
+        set_with_bias(values.projection, both)
+        return True
 
     def sums(self, streams: list[Stream]) -> tuple[tuple[Gram, Gram], Tensor | None]:
         """Over the inputs of our W_o, and <t_h, o_h> and <o_h, o_h> (2, H) where our heads are as wide as theirs.
@@ -199,7 +229,9 @@ class Layer:
         for i, stream in enumerate(streams):
             with caught(self.output) as seen:
                 mixed = stream.mixed(self.ours)
-            weight = self.weight_of(i, stream.hidden[0] + mixed[0])
+            if i == len(self.weights):  # of what the layer said first
+                self.weights.append(self.weight_of(i, stream.hidden[0] + mixed[0]))
+            weight = self.weights[i]
             y = seen.given[0].to(torch.promote_types(self.output.weight.dtype, torch.float32))
             wanted = self.wanted[i].to(y) - self.how.correct * stream.hidden[0].to(y)
             if dots is not None:
@@ -224,18 +256,6 @@ def output_projection(mixer: Mixer) -> nn.Linear | None:
 
 def has_decay(mixer: type[Mixer]) -> bool:
     return mixer.set_decay is not Mixer.set_decay
-
-
-def with_bias(linear: nn.Linear) -> Tensor:
-    """(O, I), with the bias as one more column where there is one."""
-    parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias[:, None]]
-    return torch.cat(parts, 1).double()
-
-
-def set_with_bias(linear: nn.Linear, weight: Tensor) -> None:
-    linear.weight.copy_(weight[:, : linear.in_features])
-    if linear.bias is not None:
-        linear.bias.copy_(weight[:, -1])
 
 
 @dataclasses.dataclass

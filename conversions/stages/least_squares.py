@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["RIDGES", "Gram", "chosen_ridge"]
+__all__ = ["RIDGES", "Gram", "chosen_ridge", "held_out"]
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 
@@ -81,10 +81,20 @@ class Gram:
         return scaled if self.error(scaled) < self.error(weight) else weight.double()
 
 
+def held_out(
+    fitted: tuple[Gram, Gram], judges: tuple[Gram, Gram], weight: Tensor, ridges: Sequence[float] = RIDGES
+) -> list[float]:
+    """Errors (`left`) on the judges of what `fitted` ask for: for every ridge, and last for `weight` itself."""
+    found = [0.0] * (len(ridges) + 1)
+    for gram, judge in zip(fitted, judges, strict=True):
+        for i, refitted in enumerate([*gram.path(weight, ridges), weight]):
+            found[i] += judge.left(refitted)
+    return found
+
+
 def chosen_ridge(halves: tuple[Gram, Gram], weight: Tensor, ridges: Sequence[float] = RIDGES) -> float:
     """Of `ridges` the one with the least error on the half that was not fitted; infinite where `weight` itself has."""
-    one, two = halves
-    left = [two.left(a) + one.left(b) for a, b in zip(one.path(weight, ridges), two.path(weight, ridges), strict=True)]
+    *left, own = held_out(halves, halves[::-1], weight, ridges)
     best = min(range(len(left)), key=left.__getitem__)
-    gain = one.left(weight) + two.left(weight) - left[best]
-    return ridges[best] if gain > 1e-9 * float(one.total + two.total) else math.inf  # more than rounding
+    total = float(halves[0].total + halves[1].total)
+    return ridges[best] if own - left[best] > 1e-9 * total else math.inf  # more than rounding
