@@ -24,6 +24,7 @@ typedef struct {
     i64 batch, time, width, states, bf16;
     i64 chunks, blocks, padded;      /* of steps; of 16 channels; state numbers as whole tiles */
     i64 groups, blocks_a_group;      /* of channels */
+    i64 stream;                      /* whether (B, T, D) outputs go past the caches */
 } Scan;
 
 static Scan scan_of(const void *x, const void *dt, const float *a, const void *b, const void *c, const float *d,
@@ -75,13 +76,32 @@ static void load_channels(vf *rows, const void *tensor, const Steps *steps, cons
 }
 static void store_channels(void *tensor, const vf *rows, const Steps *steps, const Scan *s, i64 block) {
     i64 first = block * LANES, n = MIN(LANES, s->width - first);
-    for (i64 t = 0; t < steps->count; t++) store_row(tensor, steps->at[t] * s->width + first, (const float *)(rows + t), n, (int)s->bf16);
+    for (i64 t = 0; t < steps->count; t++) {
+        i64 at = steps->at[t] * s->width + first;
+        if (s->stream) stream_lanes(tensor, at, rows[t], 0);
+        else store_row(tensor, at, (const float *)(rows + t), n, (int)s->bf16);
+    }
 }
-/* Asks for another chunk's rows of a block early: they lie far apart, and hardware does not guess them. */
-INLINE void prefetch(const void *tensor, const Scan *s, i64 batch, i64 chunk, i64 block, const int to_write) {
+/* Of float32 alone: 16 numbers in bfloat16 are half a cache line, and half lines are slow to write past the caches. */
+static i64 streams(const void *tensor, const Scan *s) {
+    return !s->bf16 && streamable(tensor, s->batch * s->time, s->width, 0);
+}
+/* What the next chunk of a block reads. It lies far apart, and hardware does not guess it; asked for all at once it would
+ * fill the queues for half of a chunk's time, so each tile asks for its share, a line a step. */
+enum { AHEAD = 6 };
+typedef struct {
+    const char *at[AHEAD];
+    i64 stride[AHEAD], count;
+} Ahead;
+
+static void look_ahead(Ahead *ahead, const void *tensor, const Scan *s, i64 batch, i64 chunk, i64 block) {
     i64 size = s->bf16 ? 2 : 4, first = (batch * s->time + chunk * CHUNK) * s->width + block * LANES;
-    const char *at = (const char *)tensor + first * size;
-    for (i64 t = 0; t < CHUNK; t++) __builtin_prefetch(at + t * s->width * size, to_write, 2);
+    ahead->at[ahead->count] = (const char *)tensor + first * size;
+    ahead->stride[ahead->count++] = s->width * size;
+}
+INLINE void fetch(const Ahead *ahead, i64 t, i64 from, i64 padded) {
+    for (i64 i = from / TILE; i < ahead->count; i += padded / TILE)
+        __builtin_prefetch(ahead->at[i] + t * ahead->stride[i], 0, 2);
 }
 static void zero_skipped(void *tensor, const Scan *s, i64 batch, i64 chunk, i64 first_block, i64 stop_block) {
     i64 start = batch * s->time + chunk * CHUNK, stop = MIN(start + CHUNK, (batch + 1) * s->time);
@@ -132,12 +152,13 @@ static int is_small(const vf *dt, vf top, const Steps *steps) {
 INLINE vf decay(vf dt, vf a, const int small) { return small ? exp2v_within(dt * a) : exp2v(dt * a); }
 
 INLINE void forward_tile(vf *state, const vf *a, const vf *dt, const vf *u, vf *y, i64 from, const Steps *steps, i64 padded,
-                         const int small) {
+                         const Ahead *ahead, const int small) {
     vf h[TILE], rate[TILE];
     for (int j = 0; j < TILE; j++) h[j] = state[from + j], rate[j] = a[from + j];
     for (i64 t = 0; t < steps->count; t++) {
         const float *b = steps->b + t * padded + from, *c = steps->c + t * padded + from;
         vf out = y[t];
+        fetch(ahead, t, from, padded);
         if (steps->begins[t])
             for (int j = 0; j < TILE; j++) h[j] = splat(0);
         for (int j = 0; j < TILE; j++) {
@@ -149,15 +170,16 @@ INLINE void forward_tile(vf *state, const vf *a, const vf *dt, const vf *u, vf *
     for (int j = 0; j < TILE; j++) state[from + j] = h[j];
 }
 
-static void forward_block(vf *state, const vf *a, const Steps *steps, const Scan *s, i64 block, void *y) {
+static void forward_block(vf *state, const vf *a, const Steps *steps, const Scan *s, i64 block, void *y,
+                          const Ahead *ahead) {
     vf dt[CHUNK], u[CHUNK], out[CHUNK], skip = skip_of(s, block);
     load_channels(dt, s->dt, steps, s, block);
     load_channels(u, s->x, steps, s, block);
     for (i64 t = 0; t < steps->count; t++) out[t] = skip * u[t], u[t] *= dt[t];
     int small = is_small(dt, largest(a, s), steps);
     for (i64 from = 0; from < s->padded; from += TILE)
-        if (small) forward_tile(state, a, dt, u, out, from, steps, s->padded, 1);
-        else forward_tile(state, a, dt, u, out, from, steps, s->padded, 0);
+        if (small) forward_tile(state, a, dt, u, out, from, steps, s->padded, ahead, 1);
+        else forward_tile(state, a, dt, u, out, from, steps, s->padded, ahead, 0);
     store_channels(y, out, steps, s, block);
 }
 
@@ -168,9 +190,11 @@ static Steps steps_in(float *room, const Scan *s) { return (Steps){.b = room, .c
 void selective_scan_forward(const void *x, const void *dt, const float *a, const void *b, const void *c, const float *d,
                             const float *initial, const uint8_t *codes, void *y, float *final, float *kept, i64 batch,
                             i64 time, i64 width, i64 states, i64 threads, i64 bf16) {
-    const Scan s = scan_of(x, dt, a, b, c, d, codes, batch, time, width, states, bf16);
+    Scan s = scan_of(x, dt, a, b, c, d, codes, batch, time, width, states, bf16);
+    s.stream = streams(y, &s);
     huge_pages(y, batch * time * width * (bf16 ? 2 : 4));
     if (kept) huge_pages(kept, batch * s.chunks * s.blocks * s.padded * LANES * 4);
+    int past_caches = kept && streamable(kept, batch * s.chunks * s.blocks, s.padded * LANES, 0);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (i64 task = 0; task < s.batch * s.groups; task++) {
         i64 row = task / s.groups, first = task % s.groups * s.blocks_a_group;
@@ -183,20 +207,25 @@ void selective_scan_forward(const void *x, const void *dt, const float *a, const
         }
         for (i64 chunk = 0; chunk < s.chunks; chunk++) {
             i64 at = (row * s.chunks + chunk) * s.blocks + first;
-            if (kept) memcpy(kept + at * s.padded * LANES, state, (size_t)n * sizeof(vf));
+            float *keep = kept ? kept + at * s.padded * LANES : NULL;
+            if (kept && past_caches)
+                for (i64 i = 0; i < n; i++) stream_lanes(keep, i * LANES, state[i], 0);
+            else if (kept) memcpy(keep, state, (size_t)n * sizeof(vf));
             load_steps(&steps, &s, row, chunk);
             for (i64 block = first; block < stop; block++) {
                 i64 own = (block - first) * s.padded;
+                Ahead ahead = {.count = 0};
                 if (chunk + 1 < s.chunks) {
-                    prefetch(x, &s, row, chunk + 1, block, 0), prefetch(dt, &s, row, chunk + 1, block, 0);
-                    prefetch(y, &s, row, chunk + 1, block, 1);
+                    look_ahead(&ahead, x, &s, row, chunk + 1, block), look_ahead(&ahead, dt, &s, row, chunk + 1, block);
+                    if (!s.stream) look_ahead(&ahead, y, &s, row, chunk + 1, block);
                 }
-                forward_block(state + own, rates + own, &steps, &s, block, y);
+                forward_block(state + own, rates + own, &steps, &s, block, y, &ahead);
             }
             zero_skipped(y, &s, row, chunk, first, stop);
         }
         for (i64 block = first; block < stop; block++)
             matrix_of_lanes(final + row * width * states, state + (block - first) * s.padded, &s, block);
+        stream_end();
         free(rates);
     }
 }
@@ -208,11 +237,12 @@ typedef struct {
 
 /* Gradients of one tile. sums: (CHUNK / 2, 16) vectors' lanes: [step of the pair][dB, dC][4 state numbers], added to. */
 INLINE void backward_tile(const vf *before, const vf *a, vf *carry, vf *da, Rows *r, vf *sums, i64 from, const Steps *steps,
-                          i64 padded, const int small) {
+                          i64 padded, const Ahead *ahead, const int small) {
     vf e[CHUNK][TILE], h[CHUNK + 1][TILE], g[TILE], grad_a[TILE];
     for (int j = 0; j < TILE; j++) h[0][j] = before[from + j], g[j] = carry[from + j], grad_a[j] = splat(0);
     for (i64 t = 0; t < steps->even; t++) {
         const float *b = steps->b + t * padded + from;
+        fetch(ahead, t, from, padded);
         for (int j = 0; j < TILE; j++) e[t][j] = decay(r->dt[t], a[from + j], small);
         if (steps->begins[t])
             for (int j = 0; j < TILE; j++) e[t][j] = splat(0);
@@ -248,7 +278,7 @@ typedef struct {
 } Gradients;
 
 static void backward_block(const vf *before, const vf *a, const void *dy, const Gradients *to, const Steps *steps,
-                           const Scan *s, i64 block) {
+                           const Scan *s, i64 block, const Ahead *ahead) {
     Rows r;
     vf skip = skip_of(s, block), dd = splat(0);
     load_channels(r.dt, s->dt, steps, s, block);
@@ -258,8 +288,8 @@ static void backward_block(const vf *before, const vf *a, const void *dy, const 
     int small = is_small(r.dt, largest(a, s), steps);
     for (i64 from = 0; from < s->padded; from += TILE) {
         vf *sums = to->sums + from / TILE * (CHUNK / 2);
-        if (small) backward_tile(before, a, to->carry, to->da, &r, sums, from, steps, s->padded, 1);
-        else backward_tile(before, a, to->carry, to->da, &r, sums, from, steps, s->padded, 0);
+        if (small) backward_tile(before, a, to->carry, to->da, &r, sums, from, steps, s->padded, ahead, 1);
+        else backward_tile(before, a, to->carry, to->da, &r, sums, from, steps, s->padded, ahead, 0);
     }
     for (i64 t = 0; t < steps->count; t++) {
         dd += r.dy[t] * r.x[t];
@@ -298,13 +328,17 @@ static void backward_task(const Scan *s, i64 row, i64 group, const float *kept, 
         for (i64 block = first; block < stop; block++) {
             i64 own = (block - first) * s->padded;
             const vf *before = (const vf *)kept + ((row * s->chunks + chunk) * s->blocks + block) * s->padded;
+            Ahead ahead = {.count = 0};
             if (chunk) {
-                prefetch(s->x, s, row, chunk - 1, block, 0), prefetch(s->dt, s, row, chunk - 1, block, 0);
-                prefetch(dy, s, row, chunk - 1, block, 0);
-                prefetch(dx, s, row, chunk - 1, block, 1), prefetch(ddt, s, row, chunk - 1, block, 1);
+                look_ahead(&ahead, s->x, s, row, chunk - 1, block), look_ahead(&ahead, s->dt, s, row, chunk - 1, block);
+                look_ahead(&ahead, dy, s, row, chunk - 1, block);
+                ahead.at[ahead.count] = (const char *)(before - s->blocks * s->padded);
+                ahead.stride[ahead.count++] = sizeof(vf);
+                if (!s->stream)
+                    look_ahead(&ahead, dx, s, row, chunk - 1, block), look_ahead(&ahead, ddt, s, row, chunk - 1, block);
             }
             Gradients to = {dx, ddt, carry + own, da + block * s->padded, dd + block, sums};
-            backward_block(before, rates + own, dy, &to, &steps, s, block);
+            backward_block(before, rates + own, dy, &to, &steps, s, block, &ahead);
         }
         store_sums(part, sums, &steps, s);
         zero_skipped(dx, s, row, chunk, first, stop);
@@ -312,6 +346,7 @@ static void backward_task(const Scan *s, i64 row, i64 group, const float *kept, 
     }
     for (i64 block = first; block < stop; block++)
         matrix_of_lanes(dinitial + matrix, carry + (block - first) * s->padded, s, block);
+    stream_end();
     free(rates);
 }
 
@@ -345,7 +380,8 @@ void selective_scan_backward(const void *x, const void *dt, const float *a, cons
                              const uint8_t *codes, const float *kept, const void *dy, const float *dfinal, void *dx, void *ddt,
                              float *da, void *db, void *dc, float *dd, float *dinitial, i64 batch, i64 time, i64 width,
                              i64 states, i64 threads, i64 bf16) {
-    const Scan s = scan_of(x, dt, a, b, c, d, codes, batch, time, width, states, bf16);
+    Scan s = scan_of(x, dt, a, b, c, d, codes, batch, time, width, states, bf16);
+    s.stream = streams(dx, &s) && streams(ddt, &s);
     i64 part = batch * time * 2 * states;
     float *parts = malloc((size_t)(s.groups * part) * sizeof(float));
     vf *sum_a = (vf *)scratch(batch * s.blocks * (s.padded + 1) * LANES), *sum_d = sum_a + batch * s.blocks * s.padded;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers.models.mamba import modeling_mamba
@@ -143,3 +145,33 @@ def test_wrong_shapes_are_named():
     with pytest.raises(ShapeError, match="state have shapes"):
         selective_scan_step(*(inputs[name][:, 0] for name in ("x", "dt")), inputs["a"], *[inputs["b"][:, 0]] * 2, None,
                             torch.zeros(2, 4, 8))  # fmt: skip
+
+
+def test_outputs_larger_than_the_caches_are_written_past_them_alike():
+    """In one call the outputs and the kept states are; in parts of 5,000 steps they are not."""
+    if reason := native.problem("selective_scan"):
+        pytest.skip(reason)
+    inputs = {name: value.detach().requires_grad_() for name, value in make(1, 17_001, 512, 16, torch.float32).items()}
+
+    mask = torch.rand(1, 17_001) < 0.8
+
+    def outcome(edges, threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            state, outputs = None, []
+            for first, stop in pairwise(edges):
+                part = {name: inputs[name][:, first:stop] for name in ("x", "dt", "b", "c")}
+                call = part | {"a": inputs["a"], "d": inputs["d"], "initial_state": state, "backend": "cpu"}
+                call["mask"] = mask[:, first:stop]
+                y, state = selective_scan(**call)
+                outputs.append(y)
+            y = torch.cat(outputs, dim=1)
+            return [y, state, *torch.autograd.grad(y.cos().sum() + state.sum(), list(inputs.values()))]
+        finally:
+            torch.set_num_threads(before)
+
+    whole = outcome([0, 17_001], 2)
+    for found, expected in zip(whole, outcome([0, 5000, 10_000, 15_000, 17_001], 2), strict=True):
+        assert relative(found, expected) < 1e-5
+    assert all(torch.equal(x, y) for x, y in zip(whole, outcome([0, 17_001], 1), strict=True))
