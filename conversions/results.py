@@ -8,6 +8,7 @@ import json
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def write_results(run: Run, recipe: Recipe, teacher: TeacherRef, dtype: torch.dt
     config = causal_lm_class(recipe.student).config_class.from_pretrained(run.out)
     done = [stage for stage in run.stages if stage["name"] != FINISHED]
     shown = [{k: v for k, v in stage.items() if k not in ("student", "kept", "teacher_perplexity")} for stage in done]
-    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
+    text = yaml.safe_dump(_without_folders(recipe.to_dict()), sort_keys=False)
     records = {}
     for file in sorted((run.folder / "data").glob("*.safetensors")):
         from .data import PackedTokens
@@ -74,3 +75,12 @@ def write_results(run: Run, recipe: Recipe, teacher: TeacherRef, dtype: torch.dt
     results["conversion"] |= {name: value for name, value in later.items() if value}
     write_json(path, results)
     return results
+
+
+def _without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with the files of this machine that its stages read as their names alone."""
+    for stage in recipe["stages"]:
+        for name in ("data", "teacher"):
+            if isinstance(stage.get(name), str) and Path(stage[name]).expanduser().exists():
+                stage[name] = Path(stage[name]).name
+    return recipe

@@ -293,14 +293,16 @@ def test_all_kinds_of_stages_in_one_conversion(tmp_path):
     given = [chats(tmp_path / "c.jsonl"), pairs(tmp_path / "p.jsonl")]
     out, options = tmp_path / "out", dict(data=[text], dtype="float32", evaluate=False)
     name = str(tiny_teacher("llama", tmp_path))
-    results = convert(name, recipe(tmp_path), out, chat_data=given, **options)
+    mine = recipe(tmp_path, stages=[*STAGES[:3], STAGES[3] | {"data": given[1]}])
+    results = convert(name, mine, out, chat_data=given, **options)
     stages = {stage["name"]: stage for stage in results["conversion"]["stages"]}
     assert list(stages) == ["initialise", "distill", "longer", "chat", "prefer"]
     assert (stages["distill"]["tokens"], stages["longer"]["tokens"]) == (128, 128)
     assert (stages["chat"]["examples"], stages["prefer"]["examples"]) == (24, 12)
     assert set(results["conversion"]["data"]) == {"calibration", "training", "longer", "chat", "prefer"}
+    assert "data: p.jsonl" in results["recipe"]["yaml"]  # not where it lies on this machine
     with pytest.raises(RnnzooError, match="holds a run with other settings"):
-        convert(name, recipe(tmp_path), out, chat_data=given[::-1], **options)
+        convert(name, mine, out, chat_data=given[::-1], **options)
 
 
 @pytest.mark.parametrize(
