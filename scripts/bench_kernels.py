@@ -34,7 +34,7 @@ from rnnzoo.conversions.memory import keep_freed_memory
 
 CPU = "cpu"
 SHORT, LONG = 4096, 65_536
-WARM = 4  # calls of each length: in the first few the system hands out memory, on a virtual machine at 1 GB/s
+WARM = 7  # calls of each length: in the first few the system hands out memory, on a virtual machine at 1 GB/s
 # Those whose time is that of memory: the table also says what copies take at both lengths.
 MEMORY_BOUND = ("linear_scan", "softmax_scan, RWKV-4", "short_conv, silu")
 
