@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Operand", "Step", "Unsupported", "lower"]
+__all__ = ["Unsupported", "lower"]
 
 DIMS, INPUTS = 4, 4
-TYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
+TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float64: 2,
+    torch.int64: 3,
+    torch.int32: 4,
+    torch.bool: 5,
+}  # as in cpu.c
 # As in cpu.c, in this order.
 OPERATIONS = (
     *("copy", "fill", "exp", "log", "sqrt", "rsqrt", "reciprocal", "abs", "sigmoid", "silu", "tanh", "gelu"),
@@ -28,35 +35,23 @@ class Unsupported(Exception):
     """Says which operation, and why."""
 
 
-class Operand(ctypes.Structure):
-    _fields_ = [("at", ctypes.c_void_p), ("stride", ctypes.c_int64 * DIMS), ("type", ctypes.c_int64)]
+# The structure Step of cpu.c: op, inputs, sizes; address, strides and type of the output and of each input; a, b.
+STEP = struct.Struct(f"={2 + DIMS + (1 + INPUTS) * (DIMS + 2)}q2d")
+NO_OPERAND = (0,) * (DIMS + 2)
 
 
-class Step(ctypes.Structure):
-    _fields_ = [
-        ("op", ctypes.c_int64),
-        ("inputs", ctypes.c_int64),
-        ("size", ctypes.c_int64 * DIMS),
-        ("out", Operand),
-        ("into", Operand * INPUTS),
-        ("a", ctypes.c_double),
-        ("b", ctypes.c_double),
-    ]
-
-
-def lower(func: Any, args: tuple, kwargs: dict, result: Any, kept: list[Any]) -> list[Step]:
-    """The steps of one call of an operator.
+def lower(func: Any, args: tuple, kwargs: dict, result: Any, kept: list[Any]) -> list[bytes]:
+    """The steps of one call of an operator, as cpu.c reads them.
 
     Args:
         result: what the call returned. kept: takes in the memory that the steps need.
     Raises:
         Unsupported: there are none that do the same.
     """
-    namespace, name = func._schema.name.split("::")
-    if namespace != "aten":
-        raise Unsupported(f"{namespace}::{name}")
-    name = name.rstrip("_") if func._schema.is_mutable else name
-    if name in NOTHING or (isinstance(result, Tensor) and result.numel() == 0) or _is_view(func, args, result):
+    if func.is_view or (isinstance(result, Tensor) and result.numel() == 0):
+        return []
+    name = _names.get(func) or _names.setdefault(func, _name(func))
+    if name in NOTHING:
         return []
     rule = RULES.get(name)
     if rule is None:
@@ -66,27 +61,20 @@ def lower(func: Any, args: tuple, kwargs: dict, result: Any, kept: list[Any]) ->
     return list(rule(_Call(name, args, kwargs, result, kept)))
 
 
-# Of these, nothing is to be done again: memory, and questions about dtypes alone.
+# Of these, nothing is to be done again: memory, other views of it, and questions about dtypes alone.
 NOTHING = {
-    "promote_types",
-    "result_type",
-    "can_cast",
-    "empty",
-    "empty_like",
-    "new_empty",
-    "empty_strided",
-    "new_empty_strided",
-    "empty_permuted",
+    *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"),
+    *("_unsafe_view", "_reshape_alias", "lift_fresh", "promote_types", "result_type", "can_cast"),
 }
+_names: dict[Any, str] = {}
 
 
-def _is_view(func: Any, args: tuple, result: Any) -> bool:
-    """Whether nothing was computed: the result is the memory of an argument."""
-    if func._schema.is_mutable:
-        return False
-    results = result if isinstance(result, (list, tuple)) else [result]
-    memory = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
-    return all(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in memory for x in results)
+def _name(func: Any) -> str:
+    """Of an operator, without the mark of one that works in place."""
+    namespace, name = func._schema.name.split("::")
+    if namespace != "aten":
+        return func._schema.name
+    return name.rstrip("_") if func._schema.is_mutable else name
 
 
 class _Call:
@@ -112,8 +100,11 @@ class _Call:
         self.kept.append(torch.tensor(value))
         return self.kept[-1]
 
-    def pointwise(self, op: str, out: Tensor, *inputs: Any, a: float = 0.0, b: float = 0.0) -> Step:
+    def pointwise(self, op: str, out: Tensor, *inputs: Any, a: float = 0.0, b: float = 0.0) -> bytes:
         tensors = [self.tensor(x) for x in inputs]
+        if out.is_contiguous() and all(x.ndim == 0 or (x.shape == out.shape and x.is_contiguous()) for x in tensors):
+            along = [(0, 0, 0, 0 if x.ndim == 0 < out.ndim else 1) for x in (out, *tensors)]
+            return self.step(op, (1, 1, 1, out.numel()), along, [out, *tensors], a, b)
         try:
             strides = [out.stride(), *(x.expand(out.shape).stride() for x in tensors)]
         except RuntimeError:
@@ -121,7 +112,7 @@ class _Call:
         sizes, strides = _merged(out.shape, strides, DIMS, self.name)
         return self.step(op, sizes, strides, [out, *tensors], a, b)
 
-    def rows(self, op: str, out: Tensor, x: Tensor, dims: Sequence[int], *more: Tensor | None, a: float = 0.0) -> Step:
+    def rows(self, op: str, out: Tensor, x: Tensor, dims: Sequence[int], *more: Tensor | None, a: float = 0.0) -> bytes:
         """Over the dimensions `dims` of x; `out` and `more` have as many dimensions as x, of size 1 or x's."""
         dims = [d % x.ndim for d in dims] if dims else list(range(x.ndim))
         others = [d for d in range(x.ndim) if d not in dims]
@@ -140,17 +131,18 @@ class _Call:
     def step(
         self, op: str, sizes: Sequence[int], strides: Sequence[Sequence[int]], tensors: Sequence[Tensor | None],
         a: float = 0.0, b: float = 0.0,
-    ) -> Step:  # fmt: skip
-        step = Step(CODES[op], len(tensors) - 1, (ctypes.c_int64 * DIMS)(*sizes), a=a, b=b)
-        for operand, tensor, along in zip((step.out, *step.into), tensors, strides, strict=False):
+    ) -> bytes:  # fmt: skip
+        operands: list[int] = []
+        for tensor, along in zip(tensors, strides, strict=True):
             if tensor is None:
+                operands += NO_OPERAND
                 continue
             if tensor.dtype not in TYPES:
                 raise Unsupported(f"{self.name} of {str(tensor.dtype).removeprefix('torch.')}")
-            operand.at, operand.type = tensor.data_ptr(), TYPES.index(tensor.dtype)
-            operand.stride = (ctypes.c_int64 * DIMS)(*along)
+            operands += (tensor.data_ptr(), *along, TYPES[tensor.dtype])
+        operands += NO_OPERAND * (1 + INPUTS - len(tensors))
         self.kept.append(tensors)
-        return step
+        return STEP.pack(CODES[op], len(tensors) - 1, *sizes, *operands, a, b)
 
 
 def _merged(
@@ -172,7 +164,7 @@ def _merged(
     return [size for size, _ in found], [[along[k] for _, along in found] for k in range(len(strides))]
 
 
-Rule = Callable[[_Call], Iterator[Step]]
+Rule = Callable[[_Call], Iterator[bytes]]
 RULES: dict[str, Rule] = {}
 
 
@@ -187,40 +179,40 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 @_rule(
     "exp", "log", "sqrt", "rsqrt", "reciprocal", "abs", "sigmoid", "silu", "tanh", "sin", "cos", "erf", "expm1", "log1p"
 )
-def _unary(call: _Call) -> Iterator[Step]:
+def _unary(call: _Call) -> Iterator[bytes]:
     yield call.pointwise(call.name, call.result, call.args[0])
 
 
 @_rule("mul", "div", "logaddexp", "maximum", "minimum", "lt", "le", "gt", "ge", "eq", "ne")
-def _binary(call: _Call) -> Iterator[Step]:
+def _binary(call: _Call) -> Iterator[bytes]:
     if call.kwargs.get("rounding_mode") is not None:
         raise Unsupported("div with a rounding mode")
     yield call.pointwise(call.name, call.result, *call.args[:2])
 
 
 @_rule("add", "sub")
-def _add(call: _Call) -> Iterator[Step]:
+def _add(call: _Call) -> Iterator[bytes]:
     alpha = call.option(2, "alpha", 1) * (1 if call.name == "add" else -1)
     yield call.pointwise("add", call.result, *call.args[:2], a=alpha)
 
 
 @_rule("rsub")
-def _rsub(call: _Call) -> Iterator[Step]:
+def _rsub(call: _Call) -> Iterator[bytes]:
     yield call.pointwise("add", call.result, call.args[1], call.args[0], a=-call.option(2, "alpha", 1))
 
 
 @_rule("neg")
-def _neg(call: _Call) -> Iterator[Step]:
+def _neg(call: _Call) -> Iterator[bytes]:
     yield call.pointwise("mul", call.result, call.args[0], -1)
 
 
 @_rule("relu")
-def _relu(call: _Call) -> Iterator[Step]:
+def _relu(call: _Call) -> Iterator[bytes]:
     yield call.pointwise("maximum", call.result, call.args[0], 0)
 
 
 @_rule("pow")
-def _pow(call: _Call) -> Iterator[Step]:
+def _pow(call: _Call) -> Iterator[bytes]:
     x, power = call.args[:2]
     if power == 2 and isinstance(power, (int, float)):
         yield call.pointwise("mul", call.result, x, x)
@@ -229,45 +221,45 @@ def _pow(call: _Call) -> Iterator[Step]:
 
 
 @_rule("gelu")
-def _gelu(call: _Call) -> Iterator[Step]:
+def _gelu(call: _Call) -> Iterator[bytes]:
     tanh = call.kwargs.get("approximate", "none") == "tanh"
     yield call.pointwise("gelu_tanh" if tanh else "gelu", call.result, call.args[0])
 
 
 @_rule("softplus")
-def _softplus(call: _Call) -> Iterator[Step]:
+def _softplus(call: _Call) -> Iterator[bytes]:
     beta, threshold = call.option(1, "beta", 1), call.option(2, "threshold", 20)
     yield call.pointwise("softplus", call.result, call.args[0], a=beta, b=threshold)
 
 
 @_rule("log_sigmoid_forward")
-def _log_sigmoid(call: _Call) -> Iterator[Step]:
+def _log_sigmoid(call: _Call) -> Iterator[bytes]:
     yield call.pointwise("log_sigmoid", call.result, call.args[0])
 
 
 @_rule("where")
-def _where(call: _Call) -> Iterator[Step]:
+def _where(call: _Call) -> Iterator[bytes]:
     yield call.pointwise("where", call.result, *call.args[:3])
 
 
 @_rule("masked_fill")
-def _masked_fill(call: _Call) -> Iterator[Step]:
+def _masked_fill(call: _Call) -> Iterator[bytes]:
     x, mask, value = call.args[:3]
     yield call.pointwise("where", call.result, mask, value, x)
 
 
 @_rule("lerp")
-def _lerp(call: _Call) -> Iterator[Step]:
+def _lerp(call: _Call) -> Iterator[bytes]:
     yield call.pointwise("lerp", call.result, *call.args[:3])
 
 
 @_rule("addcmul")
-def _addcmul(call: _Call) -> Iterator[Step]:
+def _addcmul(call: _Call) -> Iterator[bytes]:
     yield call.pointwise("addcmul", call.result, *call.args[:3], a=call.option(3, "value", 1))
 
 
 @_rule("clamp", "clamp_min", "clamp_max")
-def _clamp(call: _Call) -> Iterator[Step]:
+def _clamp(call: _Call) -> Iterator[bytes]:
     if call.name == "clamp":
         low, high = call.option(1, "min"), call.option(2, "max")
     else:
@@ -281,12 +273,12 @@ def _clamp(call: _Call) -> Iterator[Step]:
 
 
 @_rule("clone", "_to_copy", "copy", "contiguous", "lift_fresh_copy")
-def _copy(call: _Call) -> Iterator[Step]:
+def _copy(call: _Call) -> Iterator[bytes]:
     yield call.pointwise("copy", call.result, call.args[1 if call.name == "copy" else 0])
 
 
 @_rule("fill", "full", "full_like", "new_full")
-def _fill(call: _Call) -> Iterator[Step]:
+def _fill(call: _Call) -> Iterator[bytes]:
     value = call.option(2, "fill_value") if call.name == "new_full" else call.args[1]
     if isinstance(value, Tensor):
         yield call.pointwise("copy", call.result, value)
@@ -295,23 +287,23 @@ def _fill(call: _Call) -> Iterator[Step]:
 
 
 @_rule("zero", "zeros", "zeros_like", "new_zeros")
-def _zeros(call: _Call) -> Iterator[Step]:
+def _zeros(call: _Call) -> Iterator[bytes]:
     yield call.pointwise("fill", call.result, a=0)
 
 
 @_rule("ones", "ones_like", "new_ones")
-def _ones(call: _Call) -> Iterator[Step]:
+def _ones(call: _Call) -> Iterator[bytes]:
     yield call.pointwise("fill", call.result, a=1)
 
 
 @_rule("arange", "scalar_tensor")
-def _constant(call: _Call) -> Iterator[Step]:
+def _constant(call: _Call) -> Iterator[bytes]:
     """The same at every replay, and kept: nothing to do."""
     return iter(())
 
 
 @_rule("cat")
-def _cat(call: _Call) -> Iterator[Step]:
+def _cat(call: _Call) -> Iterator[bytes]:
     axis, at = call.option(1, "dim", 0), 0
     for part in call.args[0]:
         if part.numel():
@@ -320,13 +312,13 @@ def _cat(call: _Call) -> Iterator[Step]:
 
 
 @_rule("stack")
-def _stack(call: _Call) -> Iterator[Step]:
+def _stack(call: _Call) -> Iterator[bytes]:
     for part, target in zip(call.args[0], call.result.unbind(call.option(1, "dim", 0)), strict=True):
         yield call.pointwise("copy", target, part)
 
 
 @_rule("constant_pad_nd")
-def _pad(call: _Call) -> Iterator[Step]:
+def _pad(call: _Call) -> Iterator[bytes]:
     given, padding, value = call.args[0], call.args[1], call.option(2, "value", 0)
     yield call.pointwise("fill", call.result, a=value)
     source, target = given, call.result
@@ -340,7 +332,7 @@ def _pad(call: _Call) -> Iterator[Step]:
 
 
 @_rule("repeat")
-def _repeat(call: _Call) -> Iterator[Step]:
+def _repeat(call: _Call) -> Iterator[bytes]:
     x, counts = call.args[0], call.args[1]
     x = x.reshape([1] * (len(counts) - x.ndim) + list(x.shape))
     pairs = [n for count, size in zip(counts, x.shape, strict=True) for n in (count, size)]
@@ -349,7 +341,7 @@ def _repeat(call: _Call) -> Iterator[Step]:
 
 
 @_rule("glu")
-def _glu(call: _Call) -> Iterator[Step]:
+def _glu(call: _Call) -> Iterator[bytes]:
     first, second = call.args[0].chunk(2, call.option(1, "dim", -1))
     gate = call.temporary(second.shape, torch.float32)
     yield call.pointwise("sigmoid", gate, second)
@@ -357,7 +349,7 @@ def _glu(call: _Call) -> Iterator[Step]:
 
 
 @_rule("sum", "mean", "amax")
-def _reduction(call: _Call) -> Iterator[Step]:
+def _reduction(call: _Call) -> Iterator[bytes]:
     x, dims = call.args[0], call.option(1, "dim") or []
     dims = [dims] if isinstance(dims, int) else list(dims)
     if not x.dtype.is_floating_point:
@@ -366,7 +358,7 @@ def _reduction(call: _Call) -> Iterator[Step]:
 
 
 @_rule("linalg_vector_norm")
-def _norm(call: _Call) -> Iterator[Step]:
+def _norm(call: _Call) -> Iterator[bytes]:
     x, dims = call.args[0], call.option(2, "dim") or []
     if call.option(1, "ord", 2) != 2:
         raise Unsupported("a norm that is not Euclidean")
@@ -381,12 +373,12 @@ def _as_before(out: Tensor, x: Tensor, dims: list[int]) -> Tensor:
 
 
 @_rule("_softmax")
-def _softmax(call: _Call) -> Iterator[Step]:
+def _softmax(call: _Call) -> Iterator[bytes]:
     yield call.rows("softmax", call.result, call.args[0], [call.args[1]])
 
 
 @_rule("native_layer_norm", "_fused_rms_norm")
-def _row_norm(call: _Call) -> Iterator[Step]:
+def _row_norm(call: _Call) -> Iterator[bytes]:
     x, shape, weight = call.args[:3]
     bias, eps = (call.args[3], call.args[4]) if call.name == "native_layer_norm" else (None, call.option(3, "eps"))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
@@ -395,7 +387,7 @@ def _row_norm(call: _Call) -> Iterator[Step]:
 
 
 @_rule("native_group_norm")
-def _group_norm(call: _Call) -> Iterator[Step]:
+def _group_norm(call: _Call) -> Iterator[bytes]:
     x, weight, bias, batch, channels, length, groups, eps = call.args
     shape = (batch, groups, channels // groups, length)
     parts = [None if p is None else p.view(1, groups, -1, 1) for p in (weight, bias)]
@@ -403,7 +395,7 @@ def _group_norm(call: _Call) -> Iterator[Step]:
 
 
 @_rule("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "linear")
-def _matmul(call: _Call) -> Iterator[Step]:
+def _matmul(call: _Call) -> Iterator[bytes]:
     name, bias, alpha, beta = call.name, None, 1.0, 1.0
     first, second = call.args[:2]
     if name in ("addmm", "baddbmm", "addmv"):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.tape import Tape
+from ...kernels.tape import Tape, available
 from .mixer import Context, MixerState
 from .rotary import Rotary
 
@@ -42,7 +42,7 @@ def replaying(model: nn.Module) -> Iterator[None]:
     from .modeling import RecurrentModel
 
     decoder = next((module for module in model.modules() if isinstance(module, RecurrentModel)), None)
-    if decoder is None or decoder.decoding is not None or not _may_be_replayed(decoder):
+    if decoder is None or decoder.decoding is not None or available() or not _may_be_replayed(decoder):
         yield
         return
     decoder.decoding = Replay()
@@ -85,6 +85,8 @@ class Replay:
         self._layers: list[_Layer] = []
         self._cache: RecurrentCache | None = None
         self._positions: Tensor | None = None
+        # The final norm: its tape, input and output.
+        self._norm, self._given, self._out = Tape(), None, None
         self._ended = False
         self._thread = threading.get_ident()
 
@@ -104,7 +106,7 @@ class Replay:
         return not self._ended
 
     def __call__(self, model: RecurrentModel, cache: RecurrentCache, hidden: Tensor, ctx: Context) -> Tensor:
-        """What the model's layers make of one token's hidden states (B, 1, D); the cache's states are updated."""
+        """The normed output of the model's layers of one token (B, 1, D); the cache's states are updated."""
         if self._cache is None:
             return self._record(model, cache, hidden, ctx)
         self._positions.copy_(ctx.positions)
@@ -118,11 +120,14 @@ class Replay:
             entry.memo.clear()
             entry.tape.replay()
             hidden, carried = entry.out, entry.carries
-        return hidden.clone()  # the next token overwrites it
+        if self._norm.problem is not None:
+            return model.norm(hidden)
+        _move(hidden, self._given)
+        self._norm.replay()
+        return self._out.clone()  # the next token overwrites it
 
     def _record(self, model: RecurrentModel, cache: RecurrentCache, hidden: Tensor, ctx: Context) -> Tensor:
-        self._cache, self._positions = cache, ctx.positions.clone()
-        carried = None
+        self._positions, self._layers, carried = ctx.positions.clone(), [], None
         for i, layer in enumerate(model.layers):
             # By itself: what layers share for one call would be missing where one of them runs as always.
             rotary = Rotary(model.rotary, self._positions)
@@ -139,7 +144,11 @@ class Replay:
             cache.states[i] = state
             self._layers.append(_Layer(tape, given, carried, out, carries, state, own.memo))
             hidden, carried = out, carries
-        return hidden.clone()
+        self._given = hidden
+        with self._norm:
+            self._out = model.norm(hidden)
+        self._cache, self._ended = cache, not any(entry.replayed for entry in self._layers)
+        return self._out.clone()
 
 
 def _apart(tensor: Tensor) -> Tensor:

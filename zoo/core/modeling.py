@@ -240,7 +240,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 hidden, cache.states[i], carried = layer(hidden, self._state(cache, i, hidden), ctx, carried)
         if cache is not None:
             cache.end_recording()
-        hidden = self.norm(hidden)
+        hidden = hidden if replayed else self.norm(hidden)
         if self.perspectives is not None:
             hidden = self.perspectives(hidden)
         return BaseModelOutputWithPast(
