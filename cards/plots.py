@@ -6,6 +6,7 @@ is drawn again, and one that cannot be drawn again is not shown. Without matplot
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -113,11 +114,16 @@ def write_plots(results: dict[str, Any], folder: Path) -> tuple[str, ...]:
     if not missing:
         return there
     if importlib.util.find_spec("matplotlib") is None:
-        _logger.warning("No plots: matplotlib is not installed (pip install 'rnnzoo[plots]').")
+        _say_no_plots()
         return there
     for name in missing:
         _draw(folder / name, name, results)
     return current_plots(results, folder)
+
+
+@functools.cache  # once for a command: the evaluation asks for plots, and so does its card
+def _say_no_plots() -> None:
+    _logger.warning("No plots: matplotlib is not installed (pip install 'rnnzoo[plots]').")
 
 
 def _draw(path: Path, name: str, results: dict[str, Any]) -> None:

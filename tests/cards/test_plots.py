@@ -65,8 +65,10 @@ def test_the_layer_map_takes_hybrids_and_layers_without_windows(tmp_path):
 def test_without_matplotlib_there_are_no_plots_but_a_line(tmp_path, monkeypatch, caplog):
     find = importlib.util.find_spec
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    plots._say_no_plots.cache_clear()
     assert write_plots(invented(), tmp_path) == () and "pip install" in caplog.text
     assert "](plots/" not in render_card(write(tmp_path, invented())).read_text()
+    assert caplog.text.count("pip install") == 1
 
 
 def test_pictures_of_other_numbers_are_not_shown(tmp_path, monkeypatch):
