@@ -17,7 +17,7 @@ import torch
 from ..processes import rows_per_step
 from .examples import load_examples, row_order
 from .lora import trainable
-from .training import StageRules, run_trainer, stage_arguments
+from .training import StageRules, leaves_unused, run_trainer, stage_arguments
 
 if TYPE_CHECKING:
     from ..job import Job, Part
@@ -86,6 +86,7 @@ def own_trainer(base: type) -> Any:
                 trains: which parameters. per_step: tokens of a step.
             """
             self.stage = stage
+            self.args.ddp_find_unused_parameters = leaves_unused(student)
             for name, parameter in student.named_parameters():
                 parameter.requires_grad_(trains(name))
             told = lambda done, total, info: job.progress(part.name, done, total, info)  # noqa: E731
