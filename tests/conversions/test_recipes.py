@@ -110,7 +110,7 @@ def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
             GOOD | {"stages": [CALIBRATE | {"parts": ["windows"]}]},
             "the part windows is for hedgehog layers; the student is supra",
         ),
-        (GOOD | {"stages": [CALIBRATE | {"parts": ["values"]}]}, "parts has 'values'; expected some of windows"),
+        (GOOD | {"stages": [CALIBRATE | {"parts": ["keys"]}]}, "parts has 'keys'; expected some of windows"),
         (GOOD | {"stages": [CALIBRATE | {"ridge": -1}]}, "ridge is -1; it cannot be negative"),
         (GOOD | {"stages": [CALIBRATE | {"correct": 2}]}, "correct is 2; it must lie between 0 and 1"),
         (GOOD | {"stages": [CALIBRATE | {"weighting": "all"}]}, "weighting is 'all'; expected one of"),
