@@ -31,7 +31,16 @@ import torch
 
 from .errors import RnnzooError
 
-__all__ = ["BackendStatus", "backends", "dispatch", "dispatch_alike", "explain", "register", "use_backend"]
+__all__ = [
+    "BackendStatus",
+    "backends",
+    "chosen_backend",
+    "dispatch",
+    "dispatch_alike",
+    "explain",
+    "register",
+    "use_backend",
+]
 
 logger = logging.getLogger("rnnzoo.kernels")
 
@@ -114,6 +123,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _chosen = before
 
 
+def chosen_backend() -> str | None:
+    """The backend that `use_backend` or the environment asks for; None: the choice is automatic."""
+    return _chosen if _chosen is not None else os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
 def dispatch(operation: str, call: dict[str, Any], backend: str | None = None) -> Any:
     """Runs `operation` with the keyword arguments `call` on the backend that the rules above select.
 
@@ -148,9 +162,7 @@ def select(operation: str, call: dict[str, Any], backend: str | None = None) -> 
     table = _REGISTRY[operation]
     name, origin = backend, "backend="
     if name is None:
-        name, origin = _chosen, "use_backend"
-    if name is None:
-        name, origin = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+        name, origin = chosen_backend(), ENVIRONMENT_VARIABLE if _chosen is None else "use_backend"
     if name is not None:
         if name not in table:
             raise RnnzooError(

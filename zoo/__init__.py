@@ -15,14 +15,16 @@ __all__ = [
     "import_checkpoint",
     "importable",
     "register_auto_classes",
+    "replaying",
 ]
 
 if TYPE_CHECKING:
     from .core.cache import RecurrentCache
+    from .core.decoding import replaying
     from .core.importing import export_checkpoint, import_checkpoint, importable
 
 # Looked up when first used, so that listing the architectures imports no torch.
-LAZY = {"RecurrentCache": "cache"} | dict.fromkeys(
+LAZY = {"RecurrentCache": "cache", "replaying": "decoding"} | dict.fromkeys(
     ("export_checkpoint", "import_checkpoint", "importable"), "importing"
 )
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from ...zoo.core.decoding import replaying
 from .scoring import Progress, Stream, no_progress
 
 __all__ = ["DecodePoint", "decode", "device_name"]
@@ -87,7 +88,8 @@ def decode(
                 count = min(chunk, context - stream.seen)
                 stream.advance(_random_ids(vocabulary, count, generator, model.device))
         state_bytes = stream.state_bytes()
-        seconds = _time_steps(stream.fork(), steps, warmup)
+        with replaying(model):  # as in generate()
+            seconds = _time_steps(stream.fork(), steps, warmup)
         points.append(
             DecodePoint(
                 context=context,

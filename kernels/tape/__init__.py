@@ -23,13 +23,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .. import native
+from ..dispatch import chosen_backend
 from .lowering import Unsupported, lower
 
 __all__ = ["Tape", "available"]
 
+Call = tuple[Callable[..., None], tuple[Any, ...]]
+
 
 def available() -> str | None:
-    """Why tapes cannot be replayed on this machine; None where they can."""
+    """Why tapes are not replayed here; None where they are."""
+    if chosen_backend() not in (None, "cpu"):
+        return f"the backend {chosen_backend()!r} was asked for"
     return native.problem("tape")
 
 
@@ -43,8 +48,9 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.problem: str | None = available()
-        self._steps: list[bytes] = []
-        self._calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        # Steps that follow each other as one list, and calls of other functions.
+        self._entries: list[list[bytes] | Call] = []
+        self._calls: list[Call] | None = None
         # Whatever was seen stays allocated, so that no address is used twice.
         self._kept: list[Any] = []
         # Of operations with several results, only the first is made again (norms return their statistics, too).
@@ -61,7 +67,6 @@ class Tape(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         native.listener = self._before
-        self._flush()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -71,7 +76,7 @@ class Tape(TorchDispatchMode):
             try:
                 if self._unwritten and any(isinstance(x, Tensor) and x.data_ptr() in self._unwritten for x in args):
                     raise Unsupported("a second result of an operation")
-                self._steps += lower(func, args, kwargs, result, self._kept)
+                self._note(lower(func, args, kwargs, result, self._kept))
             except Unsupported as reason:
                 self.problem = str(reason)
             if isinstance(result, tuple):
@@ -87,27 +92,41 @@ class Tape(TorchDispatchMode):
         """Calls `function` past the tape; a replay calls it again, on the same tensors, for a result of one shape."""
         if self.problem is not None:
             return function(*tensors)
-        self._flush()
         before, native.listener = native.listener, None
         with _disable_current_modes():
             result = function(*tensors)
         native.listener = before
-        self._calls.append((lambda: result.copy_(function(*tensors)), ()))
+        self._entries.append((lambda: result.copy_(function(*tensors)), ()))
         self._kept.append((tensors, result))
         return result
 
+    def then(self, other: Tape) -> None:
+        """Adds what `other` has written down."""
+        for entry in other._entries:
+            if isinstance(entry, list):
+                self._note(entry)
+            else:
+                self._entries.append(entry)
+        self._kept.append(other)
+
     def replay(self) -> None:
         """Does again what was written down."""
+        if self._calls is None:
+            self._calls = [_run(entry) if isinstance(entry, list) else entry for entry in self._entries]
         for run, arguments in self._calls:
             run(*arguments)
 
+    def _note(self, steps: list[bytes]) -> None:
+        if not self._entries or not isinstance(self._entries[-1], list):
+            self._entries.append([])
+        self._entries[-1] += steps
+        self._calls = None
+
     def _native(self, entry: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         if self.problem is None and threading.get_ident() == self._thread:
-            self._flush()
-            self._calls.append((entry, arguments))
+            self._entries.append((entry, arguments))
 
-    def _flush(self) -> None:
-        if self._steps:
-            run = native.function("tape", "tape_run", "pii")
-            self._calls.append((run, (b"".join(self._steps), len(self._steps), torch.get_num_threads())))
-            self._steps = []
+
+def _run(steps: list[bytes]) -> Call:
+    run = native.function("tape", "tape_run", "pii")
+    return run, (b"".join(steps), len(steps), torch.get_num_threads())

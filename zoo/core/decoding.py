@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,16 +62,18 @@ def _may_be_replayed(model: RecurrentModel) -> bool:
 
 
 @dataclasses.dataclass
-class _Layer:
-    """One layer's step: its tape, and the memory that it reads and writes. With a problem, the layer runs as always."""
+class _Part:
+    """Layers that follow each other under one tape, and the memory that it reads and writes.
+
+    With a problem, it is one layer (`index`; None: the final norm), which runs as always.
+    """
 
     tape: Tape
+    index: int | None
     hidden: Tensor
     carried: Tensor | None
     out: Tensor
     carries: Tensor | None
-    state: MixerState | None
-    memo: dict[Any, Any]
 
     @property
     def replayed(self) -> bool:
@@ -79,14 +81,18 @@ class _Layer:
 
 
 class Replay:
-    """Steps of one model on one cache."""
+    """Steps of one model on one cache.
+
+    Attributes:
+        problems: why a layer runs as always, by its number.
+    """
 
     def __init__(self) -> None:
-        self._layers: list[_Layer] = []
+        self.problems: dict[int, str] = {}
+        self._parts: list[_Part] = []
+        self._states: dict[int, MixerState] = {}  # of the layers that are replayed
         self._cache: RecurrentCache | None = None
         self._positions: Tensor | None = None
-        # The final norm: its tape, input and output.
-        self._norm, self._given, self._out = Tape(), None, None
         self._ended = False
         self._thread = threading.get_ident()
 
@@ -94,15 +100,15 @@ class Replay:
         """Whether a call is to be made by `__call__`."""
         if self._ended or not ctx.in_place or cache is None or threading.get_ident() != self._thread:
             return False
-        alike = hidden.dtype in DTYPES and hidden.shape[0] <= MOST_ROWS and all(s is not None for s in cache.states)
-        if not alike or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
-        if self._cache is not None:
-            same = hidden.shape == self._layers[0].hidden.shape and ctx.positions.shape == self._positions.shape
-            tapes = zip(self._layers, cache.states, strict=False)
-            self._ended = not (same and cache is self._cache) or any(
-                entry.replayed and entry.state is not state for entry, state in tapes
-            )
+        if self._cache is None:
+            alike = hidden.dtype in DTYPES and hidden.shape[0] <= MOST_ROWS
+            return alike and all(state is not None for state in cache.states)
+        first = self._parts[0].hidden
+        same = hidden.shape == first.shape and hidden.dtype == first.dtype
+        mine = cache is self._cache and all(cache.states[i] is state for i, state in self._states.items())
+        self._ended = not (same and mine and ctx.positions.shape == self._positions.shape)
         return not self._ended
 
     def __call__(self, model: RecurrentModel, cache: RecurrentCache, hidden: Tensor, ctx: Context) -> Tensor:
@@ -111,44 +117,62 @@ class Replay:
             return self._record(model, cache, hidden, ctx)
         self._positions.copy_(ctx.positions)
         carried = None
-        for i, entry in enumerate(self._layers):
-            if not entry.replayed:
+        for part in self._parts:
+            i = part.index
+            if part.replayed:
+                _move(hidden, part.hidden)
+                _move(carried, part.carried)
+                part.tape.replay()
+                hidden, carried = part.out, part.carries
+            elif i is None:
+                hidden = model.norm(hidden)
+            else:
                 hidden, cache.states[i], carried = model.layers[i](hidden, cache.states[i], ctx, carried)
-                continue
-            _move(hidden, entry.hidden)
-            _move(carried, entry.carried)
-            entry.memo.clear()
-            entry.tape.replay()
-            hidden, carried = entry.out, entry.carries
-        if self._norm.problem is not None:
-            return model.norm(hidden)
-        _move(hidden, self._given)
-        self._norm.replay()
-        return self._out.clone()  # the next token overwrites it
+        return hidden.clone()  # the next token overwrites it
 
     def _record(self, model: RecurrentModel, cache: RecurrentCache, hidden: Tensor, ctx: Context) -> Tensor:
-        self._positions, self._layers, carried = ctx.positions.clone(), [], None
+        self._positions, self._parts, carried = ctx.positions.clone(), [], None
+        hidden = hidden.clone()
         for i, layer in enumerate(model.layers):
-            # By itself: what layers share for one call would be missing where one of them runs as always.
-            rotary = Rotary(model.rotary, self._positions)
             state, tape = cache.states[i].map(_apart), Tape()
-            own = dataclasses.replace(ctx, positions=self._positions, rotary=rotary, memo={}, outside=tape.outside)
-            # A layer must not see whether its input is written by the one before.
-            given = hidden.clone() if i == 0 else hidden
             with tape:
-                out, after, carries = layer(given, state, own, carried)
+                out, after, carries = layer(hidden, state, self._context(model, ctx, tape), carried)
             if tape.problem is None:
                 _write_back(tape, after, state)
-            if tape.problem is not None:
-                state = after
+            if tape.problem is None:
+                self._states[i] = state
+            else:
+                state, self.problems[i] = after, tape.problem
             cache.states[i] = state
-            self._layers.append(_Layer(tape, given, carried, out, carries, state, own.memo))
+            self._add(_Part(tape, i, hidden, carried, out, carries))
             hidden, carried = out, carries
-        self._given = hidden
-        with self._norm:
-            self._out = model.norm(hidden)
-        self._cache, self._ended = cache, not any(entry.replayed for entry in self._layers)
-        return self._out.clone()
+        with Tape() as tape:
+            out = model.norm(hidden)
+        self._add(_Part(tape, None, hidden, carried, out, carried))
+        self._cache, self._ended = cache, not self._states
+        return out.clone()
+
+    def _context(self, model: RecurrentModel, ctx: Context, tape: Tape) -> Context:
+        """For one layer by itself: what layers share for one call would be missing where one of them runs as always."""
+        memo: dict[Any, Any] = {}
+
+        def outside(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+            def afresh(*tensors: Tensor) -> Tensor:
+                memo.clear()
+                return function(*tensors)
+
+            return tape.outside(afresh, *tensors)
+
+        rotary = Rotary(model.rotary, self._positions)
+        return dataclasses.replace(ctx, positions=self._positions, rotary=rotary, memo=memo, outside=outside)
+
+    def _add(self, part: _Part) -> None:
+        last = self._parts[-1] if self._parts else None
+        if last is not None and last.replayed and part.replayed:
+            last.tape.then(part.tape)
+            last.out, last.carries = part.out, part.carries
+        else:
+            self._parts.append(part)
 
 
 def _apart(tensor: Tensor) -> Tensor:
@@ -166,9 +190,15 @@ def _write_back(tape: Tape, after: MixerState | None, state: MixerState) -> None
     if _form(after) != _form(state):
         tape.problem = "a state that changes its form"
         return
-    for new, old in zip(after.tensors(), state.tensors(), strict=True):
-        if new.data_ptr() != old.data_ptr():
-            tape.copy(new, old)
+    moved = [
+        pair for pair in zip(after.tensors(), state.tensors(), strict=True) if pair[0].data_ptr() != pair[1].data_ptr()
+    ]
+    held = {old.untyped_storage().data_ptr() for old in state.tensors()}
+    if any(new.untyped_storage().data_ptr() in held for new, _ in moved):
+        tape.problem = "a state whose parts change places"
+        return
+    for new, old in moved:
+        tape.copy(new, old)
 
 
 def _form(value: Any) -> Any:

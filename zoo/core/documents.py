@@ -111,6 +111,8 @@ def lay_out(
     seen = progress.seen if progress is not None else None
     last_id = progress.last_id if progress is not None else None
     if mask is None and ids is None:
+        if seen is not None and time == 1:
+            return Layout(None, seen[:, None], None, Progress(seen + 1, last_id))
         positions = torch.arange(time, device=device)[None]
         if seen is not None:
             positions = positions + seen[:, None]

@@ -63,8 +63,9 @@ class GroupedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.groups, -1))
         if self.kind == "layer":
-            wide = wide - wide.mean(-1, keepdim=True)
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+            wide = nn.functional.layer_norm(wide, wide.shape[-1:], eps=self.eps)
+        else:
+            wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         y = wide.flatten(-2).to(x.dtype)
         y = y if self.weight is None else self.weight * y
         return y if self.bias is None else y + self.bias
