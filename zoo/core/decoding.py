@@ -53,7 +53,8 @@ def replaying(model: nn.Module) -> Iterator[None]:
 
 
 def _may_be_replayed(model: RecurrentModel) -> bool:
-    plain = all(weight.is_cpu and weight.dtype in DTYPES for weight in model.parameters())
+    # Quantised and distributed weights are of classes of their own.
+    plain = all(type(w) is nn.Parameter and w.is_cpu and w.dtype in DTYPES for w in model.parameters())
     hooked = any(
         module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") or module.training
         for module in model.modules()
