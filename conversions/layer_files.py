@@ -84,7 +84,7 @@ class SmallStreams:
         Args:
             layers: with `skeleton`, `twin_skeleton` and `embedded()`, as the conversion has them.
         """
-        from .stages.closed_form import Stream
+        from .fit.closed_form import Stream
 
         self.folder = folder
         self.theirs: list[Stream] = []

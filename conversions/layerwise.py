@@ -35,8 +35,8 @@ from .student import layer_types, student_config
 if TYPE_CHECKING:
     from ..zoo.core.modeling import RecurrentBlock
     from .data import PackedTokens
+    from .fit.closed_form import Stream
     from .job import Job
-    from .stages.closed_form import Stream
 
 __all__ = ["Layers"]
 
@@ -104,7 +104,7 @@ class Layers:
 
     @torch.no_grad()
     def calibrate(self, stage: Calibrate, previous: str) -> dict[str, Any]:
-        from .stages.closed_form import ClosedForm
+        from .fit.closed_form import ClosedForm
 
         started = time.monotonic()
         data = self.job.packed("calibration", self.job.recipe.calibration_tokens)
@@ -161,7 +161,7 @@ class Layers:
         self, number: int, theirs: Any, ours: Any, streams: SmallStreams, how: Any, features: bool, stage: str
     ) -> dict | None:
         """Refits a converted layer, and moves on the streams of the teacher and of what is not fitted."""
-        from .stages.closed_form import Layer, output_projection
+        from .fit.closed_form import Layer, output_projection
 
         output = output_projection(ours.mixer)
         if features and self.converted(number):
@@ -182,8 +182,8 @@ class Layers:
 
     def _fit_features(self, theirs: Any, ours: Any, stream: Stream) -> None:
         from ..zoo.hedgehog.modeling_hedgehog import HedgehogMixer
-        from .stages.features import fit_head
-        from .stages.observe import Observed
+        from .fit.features import fit_head
+        from .fit.observe import Observed
 
         mixer = ours.mixer
         if not (isinstance(mixer, HedgehogMixer) and mixer.prototypes and mixer.features):
@@ -231,8 +231,8 @@ class Layers:
         sizes: tuple[int, int],
     ) -> dict | None:  # fmt: skip
         """Trains our mixer on what the teacher's is given and makes, row by row, and moves these rows on."""
+        from .fit.closed_form import caught
         from .stages.align import aligned_parameters
-        from .stages.closed_form import caught
         from .stages.layer_targets import LOSSES, what_it_does
 
         steps, per_step = sizes

@@ -71,7 +71,7 @@ def check_allocation(recipe: Recipe) -> Measuring:
 
 def measured_allocation(job: Job) -> dict[str, Any]:
     """Where the recipe's state budget goes, as its first calibration would have it."""
-    from .stages.spend import spend_budget
+    from .fit.spend import spend_budget
 
     recipe = job.recipe
     types = layer_types(job.teacher, recipe, kept_layers(recipe, job.teacher.config.num_hidden_layers))

@@ -17,9 +17,9 @@ import torch
 
 from rnnzoo.conversions.data import open_corpus, pack
 from rnnzoo.conversions.evaluation.texts import load
+from rnnzoo.conversions.fit.closed_form import ClosedForm, fit_layers
 from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.stages.calibrate import loss_on
-from rnnzoo.conversions.stages.closed_form import ClosedForm, fit_layers
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 

@@ -29,7 +29,7 @@ __all__ = [
 
 @dataclasses.dataclass
 class Measuring(Stage):
-    """What stages have that divide the state budget by measured error; see `stages/allocation.py`.
+    """What stages have that divide the state budget by measured error; see `fit/allocation.py`.
 
     Attributes:
         feature_widths: candidates for the width of a layer's linear state, 0 besides; none: the student's own in all
@@ -63,7 +63,7 @@ class Calibrate(Measuring):
     Attributes:
         parts: of PARTS, which run in that order; none: those that the student has (`chosen`). Windows and features are
             for hedgehog layers, which need nothing else (on SmolLM2-135M, 8,000 tokens, a refit of the output raises
-            their perplexity from 39 to 54); the others are for all, see `stages/closed_form.py`. "values" has to be
+            their perplexity from 39 to 54); the others are for all, see `fit/closed_form.py`. "values" has to be
             asked for, and passes over layers that are not linear in their values.
         ridge: how strongly the output is drawn to the weight that it replaces; 0: chosen for each layer by its error on
             text that it was not fitted to.

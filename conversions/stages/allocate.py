@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..fit.spend import reallocated_config
+from ..fit.trained_errors import measure_trained
 from ..student import build_student, continue_from
-from .spend import reallocated_config
-from .trained_errors import measure_trained
 
 if TYPE_CHECKING:
     from ..job import Job, Part

@@ -10,11 +10,11 @@ import torch
 
 from ...kernels.errors import RnnzooError
 from ...zoo.core.registry import mixer_class
+from ..fit.closed_form import ClosedForm, fit_layers, has_decay
+from ..fit.features import fit_features
+from ..fit.observe import token_weights
+from ..fit.spend import with_state
 from ..recipes.stages import WINDOW_PARTS
-from .closed_form import ClosedForm, fit_layers, has_decay
-from .features import fit_features
-from .observe import token_weights
-from .spend import with_state
 
 if TYPE_CHECKING:
     from ..data import PackedTokens

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rnnzoo.conversions.data import PackedTokens, TextHashes
+from rnnzoo.conversions.fit.features import fit_features
+from rnnzoo.conversions.fit.observe import observe
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.stages.features import fit_features
-from rnnzoo.conversions.stages.observe import observe
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 

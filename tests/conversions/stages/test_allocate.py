@@ -10,12 +10,12 @@ import yaml
 
 from rnnzoo.conversions.convert import convert
 from rnnzoo.conversions.data import PackedTokens, TextHashes
+from rnnzoo.conversions.fit.observe import observe
+from rnnzoo.conversions.fit.spend import reallocated_config
+from rnnzoo.conversions.fit.state_errors import measure_states
+from rnnzoo.conversions.fit.trained_errors import measure_trained
 from rnnzoo.conversions.recipes import Recipe, load_recipe
 from rnnzoo.conversions.run import Run
-from rnnzoo.conversions.stages.observe import observe
-from rnnzoo.conversions.stages.spend import reallocated_config
-from rnnzoo.conversions.stages.state_errors import measure_states
-from rnnzoo.conversions.stages.trained_errors import measure_trained
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from rnnzoo.conversions.data import PackedTokens, TextHashes
+from rnnzoo.conversions.fit import state_errors
+from rnnzoo.conversions.fit.features import fit_features
+from rnnzoo.conversions.fit.observe import observe
+from rnnzoo.conversions.fit.state_errors import measure_states
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.stages import state_errors
-from rnnzoo.conversions.stages.features import fit_features
-from rnnzoo.conversions.stages.observe import observe
-from rnnzoo.conversions.stages.state_errors import measure_states
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 

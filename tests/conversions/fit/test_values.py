@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rnnzoo.conversions.fit.closed_form import ClosedForm, Layer, Stream, fit_layers, output_projection
+from rnnzoo.conversions.fit.linear_layers import with_bias
+from rnnzoo.conversions.fit.values import Values
 from rnnzoo.conversions.job import Part
 from rnnzoo.conversions.recipes.stages import Calibrate
 from rnnzoo.conversions.stages import calibrate
-from rnnzoo.conversions.stages.closed_form import ClosedForm, Layer, Stream, fit_layers, output_projection
-from rnnzoo.conversions.stages.linear_layers import with_bias
-from rnnzoo.conversions.stages.values import Values
 from rnnzoo.conversions.teachers import resolve_teacher
 
+from ..stages.test_calibrate_parts import job_of
 from ..tiny import tiny_teacher
-from .test_calibrate_parts import job_of
 from .test_closed_form import dense, models, rows_of, some_rows
 
 LINEAR = ["linear_attention", "gla", "liger", "retnet", "hgrn2", "gated_delta_net", "kda", "xlstm", "aaren"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rnnzoo.conversions.budget import Costs, state_costs
+from rnnzoo.conversions.fit.allocation import allocate
+from rnnzoo.conversions.fit.state_errors import Measured
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.stages.allocation import allocate
-from rnnzoo.conversions.stages.state_errors import Measured
 from rnnzoo.conversions.student import layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
@@ -94,8 +94,8 @@ def test_attention_is_kept_where_that_leaves_the_least_error(seed):
 def test_a_budget_in_coarse_cells_is_kept_and_spent_nearly_as_well(monkeypatch):
     measured = random_errors(0, layers=6, heads=3)
     exact = allocate(measured, range(6), 700, COSTS)
-    monkeypatch.setattr("rnnzoo.conversions.stages.allocation.UNITS", 100)
-    monkeypatch.setattr("rnnzoo.conversions.stages.allocation.UNITS_PER_HEAD", 0)
+    monkeypatch.setattr("rnnzoo.conversions.fit.allocation.UNITS", 100)
+    monkeypatch.setattr("rnnzoo.conversions.fit.allocation.UNITS_PER_HEAD", 0)
     coarse = allocate(measured, range(6), 700, COSTS)
     assert coarse.state_bytes == bytes_of(measured, coarse, COSTS) <= 700
     assert exact.error <= coarse.error < 1.1 * exact.error

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from rnnzoo.conversions.data import PackedTokens, TextHashes
+from rnnzoo.conversions.fit.closed_form import ClosedForm, fit_layers, output_projection
+from rnnzoo.conversions.fit.distances import Distances
+from rnnzoo.conversions.fit.observe import observe, token_weights
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.stages.closed_form import ClosedForm, fit_layers, output_projection
-from rnnzoo.conversions.stages.distances import Distances
-from rnnzoo.conversions.stages.observe import observe, token_weights
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.zoo.core.mixer import Mixer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rnnzoo.conversions.stages.least_squares import RIDGES, Gram, chosen_ridge
+from rnnzoo.conversions.fit.least_squares import RIDGES, Gram, chosen_ridge
 
 
 def problem(seed: int = 0, rows: int = 60, inputs: int = 12, outputs: int = 5):
