@@ -16,7 +16,7 @@ from .offload import check_offload
 from .prepare import check_batches, prepare_recipe
 from .processes import Processes
 from .recipes import Recipe
-from .run import FINISHED, Run, alone_in, holds_run, open_run
+from .run import FINISHED, Run, alone_in, holds_run, join_run, open_run
 from .stage_inputs import check_inputs
 from .teachers import TeacherRef, resolve_teacher
 from .teachers.files import user_errors
@@ -111,7 +111,7 @@ def convert(
 
         def opened() -> Run:
             if not main:
-                return open_run(out, request, False)
+                return join_run(out)
             stack.enter_context(alone_in(out))
             run = open_run(out, request, restart)
             if run.created:
@@ -132,7 +132,7 @@ def convert(
                         job.stages()
                 return processes.only(lambda: _results(job)) or {}
         except RnnzooError:
-            if main and not run.stages:
+            if main:
                 run.discard()
             raise
 

@@ -4,9 +4,11 @@
     OUT/.rnnzoo/student/            the student after the last finished stage, in float32
     OUT/.rnnzoo/ranking.json        how much each layer matters, where `keep` is "best ..."
     OUT/.rnnzoo/<stage>/            checkpoints and metrics of a training stage
+    OUT/.rnnzoo-earlier/            what a restart replaces, until the new run has begun
     OUT/                            the finished model
 
-Everything is written under a temporary name and renamed, so that a killed run finds only whole things.
+Everything is written under a temporary name and renamed, so that a killed run finds only whole things. A failure
+deletes what the failing call has made, never what was there before it.
 """
 
 from __future__ import annotations
@@ -22,19 +24,25 @@ from typing import Any
 from ..kernels.errors import RnnzooError
 from .files import replace_text
 
-__all__ = ["FINISHED", "RANKING", "Run", "alone_in", "holds_run", "open_run", "write_json"]
+__all__ = ["FINISHED", "RANKING", "Run", "alone_in", "holds_run", "join_run", "open_run", "write_json"]
 
 FINISHED = "finished"  # the last record of a run: the model is in OUT
 RANKING = "ranking.json"  # of the layers, where the recipe keeps the best
 FOLDER = ".rnnzoo"
+EARLIER = ".rnnzoo-earlier"
 PUBLISHED = ("config.json", "generation_config.json", "results.json", "evaluation.json", "README.md")
 
 
 class Run:
-    """An opened run; `open_run` makes them."""
+    """An opened run; `open_run` makes them.
 
-    def __init__(self, out: Path, request: dict[str, Any], stages: list[dict[str, Any]], created: bool = False):
-        self.out, self.request, self.stages, self.created = out, request, stages, created
+    Attributes:
+        new: this call opened it, and it has not begun. created: that call made the folder OUT as well.
+    """
+
+    def __init__(self, out: Path, request: dict[str, Any], stages: list[dict[str, Any]]):
+        self.out, self.request, self.stages = out, request, stages
+        self.new = self.created = False
         self.folder = out / FOLDER
 
     def record(self, name: str) -> dict[str, Any] | None:
@@ -43,6 +51,7 @@ class Run:
 
     def finish(self, name: str, student: Any, report: dict[str, Any]) -> None:
         """Keeps the student and the report of a stage, then forgets its checkpoints and the teacher's predictions."""
+        self.begin()
         if student is not None:
             number = len(self.stages)
             folder = self.folder / f"student-{number}"
@@ -68,9 +77,20 @@ class Run:
     def save(self) -> None:
         write_json(self.folder / "run.json", {"request": self.request, "stages": self.stages})
 
+    def begin(self) -> None:
+        """From here on the run is there to be gone on with; the one that it replaces goes."""
+        self.new = False
+        if (self.out / EARLIER).exists():
+            os.replace(self.out / EARLIER, self.folder / "replaced")  # at once: half of it is not to come back
+        shutil.rmtree(self.folder / "replaced", ignore_errors=True)
+
     def discard(self) -> None:
-        """Leaves no trace of a run that could not begin: the folder OUT goes too, if this run has made it."""
-        if [entry.name for entry in self.out.iterdir()] == [FOLDER]:
+        """Leaves no trace of a new run that could not begin: OUT is again what it was before this call."""
+        if not self.new:
+            return
+        if (self.out / EARLIER).exists():
+            _bring_back(self.out)
+        elif [entry.name for entry in self.out.iterdir()] == [FOLDER]:
             shutil.rmtree(self.folder, ignore_errors=True)
             if self.created:
                 self.out.rmdir()
@@ -93,10 +113,10 @@ class Run:
 def _save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(temporary)
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
 
@@ -151,6 +171,10 @@ def open_run(out: str | os.PathLike, request: dict[str, Any], restart: bool) -> 
         state = out / FOLDER / "run.json"
         if out.exists() and not out.is_dir():
             raise RnnzooError(f"{out} is a file; give --out a folder.")
+        if (out / EARLIER).is_dir():  # a restart was stopped before its run had begun
+            asked_for = _request(out / FOLDER) != request == _request(out / EARLIER)
+            if restart or asked_for or not state.is_file():
+                _bring_back(out)
         if out.is_dir() and any(out.iterdir()) and not state.is_file():
             left = [entry.name for entry in out.iterdir()]
             if left != [FOLDER]:
@@ -172,23 +196,47 @@ def open_run(out: str | os.PathLike, request: dict[str, Any], restart: bool) -> 
     return Run(out, request, stages)
 
 
+def join_run(out: str | os.PathLike) -> Run:
+    """The run in `out` that another process of this call has opened."""
+    state = json.loads((Path(out) / FOLDER / "run.json").read_text(encoding="utf-8"))
+    return Run(Path(out), state["request"], state["stages"])
+
+
 def _new_run(out: Path, request: dict[str, Any]) -> Run:
-    """A run from the beginning, without anything that an earlier one has made."""
-    run = Run(out, {}, [], created=not out.exists())
-    run.folder.mkdir(parents=True, exist_ok=True)
-    run.save()  # with no request: if this is killed halfway, no request fits the rest but another restart
-    for name in PUBLISHED:
-        (out / name).unlink(missing_ok=True)
-    for file in out.glob("model*.safetensors*"):
-        file.unlink()
-    for entry in run.folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name != "run.json":
-            entry.unlink()
-    run.request = request
+    """A run from the beginning, beside an earlier one that comes back unless this one begins."""
+    created = not out.exists()
+    if holds_run(out):
+        os.replace(out / FOLDER, out / EARLIER)
+        published = out / EARLIER / "published"
+        published.mkdir(exist_ok=True)
+        for name in PUBLISHED:
+            if (out / name).is_file():
+                os.replace(out / name, published / name)
+        for file in out.glob("model*.safetensors*"):
+            os.replace(file, published / file.name)
+    run = Run(out, request, [])
+    run.new, run.created = True, created
+    shutil.rmtree(run.folder, ignore_errors=True)  # pieces without a run
+    run.folder.mkdir(parents=True)
     run.save()
     return run
+
+
+def _request(folder: Path) -> Any:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["request"]
+    return None
+
+
+def _bring_back(out: Path) -> None:
+    """Undoes a restart whose run has not begun."""
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    published = out / EARLIER / "published"
+    for file in published.iterdir() if published.is_dir() else ():
+        os.replace(file, out / file.name)
+    if published.is_dir():
+        published.rmdir()
+    os.replace(out / EARLIER, out / FOLDER)
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:

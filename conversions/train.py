@@ -30,7 +30,7 @@ from .data import Corpus, PackedTokens, TextHashes, corpus_from_texts, open_corp
 from .energy import check_energy, energy_record, measured_energy
 from .memory import keep_freed_memory
 from .processes import Processes
-from .run import FINISHED, Run, alone_in, open_run, write_json
+from .run import FINISHED, Run, alone_in, join_run, open_run, write_json
 from .stages.training import CHECKPOINTS, Report, cut_metrics, newest_checkpoint, read_metrics
 from .teachers.files import hub_reachable, user_errors
 from .train_config import architecture_of, new_config
@@ -139,8 +139,8 @@ def train(
         def prepared() -> tuple[Run, _Job]:
             if main:
                 stack.enter_context(alone_in(out))
-            run = open_run(out, request, restart and main)
-            if main and run.created:
+            run = open_run(out, request, restart) if main else join_run(out)
+            if run.created:
                 stack.enter_context(alone_in(out))
             job = _Job(
                 run, made, words, corpus, held_out, settings, processes, (main and progress) or (lambda *_: None)
@@ -151,6 +151,8 @@ def train(
             except RnnzooError:
                 run.discard()
                 raise
+            if main:
+                run.begin()
             return run, job
 
         run, job = processes.first(prepared)

@@ -78,9 +78,9 @@ def fetch_embedded() -> Path:
                 return folder
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
-            shutil.rmtree(folder, ignore_errors=True)
             try:
                 _build(partial)
+                shutil.rmtree(folder, ignore_errors=True)  # not whole
                 (partial / "model").replace(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)

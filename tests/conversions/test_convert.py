@@ -265,6 +265,24 @@ def test_bad_input_with_restart_does_not_cost_the_old_run(conversions, teachers,
     assert (out / "model.safetensors").exists() and (out / "results.json").exists()
 
 
+def test_a_failure_of_a_resume_deletes_nothing(teachers, data, tmp_path):
+    """Stopped before any stage was finished, then a damaged file: what had been packed is still there."""
+
+    def stop(name, *_):
+        if name == "initialise":
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(teachers["llama"], "supra", out, data=data, **SMALL, progress=stop)
+    damaged = out / ".rnnzoo" / "data" / "training.safetensors"
+    damaged.write_bytes(b"damaged")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(RnnzooError, match="training.safetensors"):
+        convert(teachers["llama"], "supra", out, data=data, **SMALL)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_a_full_disk_is_told_and_the_run_can_go_on(teachers, data, tmp_path, monkeypatch):
     out, publish = tmp_path / "out", Run.publish
 

@@ -131,37 +131,96 @@ def test_tuples_and_lists_are_the_same_request(tmp_path):
     open_run(tmp_path, REQUEST | {"data": ["a", "b"]}, False)
 
 
-def test_restart_discards_the_old_run_and_its_results(tmp_path):
-    run = open_run(tmp_path, REQUEST, False)
-    run.finish("initialise", Model(), {})
-    run.publish(Model(), Model("tokenizer.json"))
-    (tmp_path / "results.json").write_text("{}")
-    (tmp_path / "README.md").write_text("card")
-    (tmp_path / "notes.txt").write_text("mine")
-    again = open_run(tmp_path, REQUEST | {"seed": 4}, True)
-    assert again.stages == [] and again.request["seed"] == 4
-    assert files(tmp_path) == {".rnnzoo/run.json", "tokenizer.json", "notes.txt"}
-    open_run(tmp_path, REQUEST | {"seed": 4}, False)
-
-
-def test_a_restart_that_was_killed_takes_no_old_piece_for_a_new_one(tmp_path, monkeypatch):
+@pytest.fixture
+def finished(tmp_path):
+    """A folder with a finished run, and a file of somebody else's."""
     run = open_run(tmp_path, REQUEST, False)
     run.finish("initialise", Model(), {})
     (run.folder / "data").mkdir()
     (run.folder / "data" / "training.safetensors").write_text("old")
+    run.publish(Model(text="old"), Model("tokenizer.json"))
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "README.md").write_text("card")
+    (tmp_path / "notes.txt").write_text("mine")
+    return tmp_path
 
-    def killed(*_, **__):
-        raise KeyboardInterrupt
+
+OTHER = REQUEST | {"seed": 4}
+
+
+def test_restart_discards_the_old_run_and_its_results(finished):
+    again = open_run(finished, OTHER, True)
+    assert again.stages == [] and again.request["seed"] == 4
+    again.begin()
+    assert files(finished) == {".rnnzoo/run.json", "tokenizer.json", "notes.txt"}
+    again.discard()
+    open_run(finished, OTHER, False)
+
+
+def test_a_restart_that_cannot_begin_leaves_the_old_run_as_it_was(finished):
+    before = {name: (finished / name).read_bytes() for name in files(finished)}
+    run = open_run(finished, OTHER, True)
+    (run.folder / "data").mkdir()
+    (run.folder / "data" / "calibration.safetensors").write_text("new")
+    run.discard()
+    assert {name: (finished / name).read_bytes() for name in files(finished)} == before
+    assert open_run(finished, REQUEST, False).record("initialise")
+
+
+@pytest.mark.parametrize("stop_at", range(1, 9))
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_restart_that_was_killed_loses_neither_run(finished, monkeypatch, stop_at, restart):
+    """Killed at the n-th renaming; afterwards each request finds its own run, whole, or is refused."""
+    before = {name: (finished / name).read_bytes() for name in files(finished)}
+    renamed, replace = [], os.replace
+
+    def killed(*arguments):
+        renamed.append(arguments)
+        if len(renamed) == stop_at:
+            raise KeyboardInterrupt
+        replace(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            open_run(tmp_path, REQUEST | {"seed": 4}, True)
-    for request in (REQUEST, REQUEST | {"seed": 4}):
-        with pytest.raises(RnnzooError, match="--restart"):
-            open_run(tmp_path, request, False)
-    assert open_run(tmp_path, REQUEST, True).stages == []
-    assert files(tmp_path) == {".rnnzoo/run.json"}
+        patch.setattr(run_module.os, "replace", killed)
+        try:
+            open_run(finished, OTHER, True).begin()
+        except KeyboardInterrupt:
+            begun = False
+        else:
+            begun = True
+    if restart or begun:
+        run = open_run(finished, OTHER, restart)
+        assert run.stages == [] and not (run.folder / "data").exists()
+    else:
+        assert open_run(finished, REQUEST, False).record("initialise")
+        assert {name: (finished / name).read_bytes() for name in files(finished)} == before
+    assert begun == (stop_at > 7)
+
+
+def test_a_restart_that_was_killed_goes_on(finished):
+    run = open_run(finished, OTHER, True)
+    (run.folder / "data").mkdir()
+    (run.folder / "data" / "training.safetensors").write_text("new")
+    again = open_run(finished, OTHER, False)
+    again.discard()
+    assert (again.folder / "data" / "training.safetensors").read_text() == "new"
+    again.finish("initialise", Model(), {})
+    assert "old" not in {path.read_text() for path in finished.rglob("*") if path.is_file()}
+
+
+def test_a_failure_of_a_call_that_goes_on_deletes_nothing(tmp_path):
+    run = open_run(tmp_path / "out", REQUEST, False)
+    (run.folder / "checkpoint-4").mkdir()
+    again = open_run(tmp_path / "out", REQUEST, False)
+    again.discard()
+    assert holds_run(run.out) and (run.folder / "checkpoint-4").exists()
+
+
+def test_a_run_that_has_begun_is_not_discarded(tmp_path):
+    run = open_run(tmp_path / "out", REQUEST, False)
+    run.begin()
+    run.discard()
+    assert holds_run(run.out)
 
 
 def test_pieces_without_a_run_are_not_used(tmp_path):

@@ -87,6 +87,48 @@ def test_a_stopped_run_goes_on_and_ends_at_the_same_weights(trained, text, tmp_p
         train(out, [text], **(own | {"settings": TrainSettings(64, 4, steps=60, learning_rate=2e-2)}))
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_resume_that_fails_deletes_nothing(text, tmp_path):
+    """A damaged file of tokens is named, and everything else, checkpoints first, is still there."""
+    out = tmp_path / "model"
+
+    def stop(stage, done, total, info):
+        if stage == "train" and done >= 5000:
+            raise Stopped
+
+    own = dict(arch="supra", fields=FIELDS, settings=SETTINGS, evaluate=False)
+    with pytest.raises(Stopped):
+        train(out, [text], **own, progress=stop)
+    for name in ("evaluation", "training"):
+        damaged = out / ".rnnzoo" / "data" / f"{name}.safetensors"
+        damaged.write_bytes(b"damaged")
+        before = contents(out)
+        assert any("checkpoint-" in str(path) for path in before)
+        with pytest.raises(RnnzooError, match=str(damaged)):
+            train(out, [text], **own)
+        assert before.items() <= contents(out).items()
+        damaged.unlink()
+    starts = []
+    train(out, [text], **own, progress=lambda stage, done, total, info: starts.append(done) if stage == "train" else 0)
+    assert starts[0] > 0
+
+
+def test_a_restart_with_text_that_is_too_short_does_not_cost_the_old_model(trained, text, tmp_path):
+    out, short = tmp_path / "model", tmp_path / "short.jsonl"
+    shutil.copytree(trained, out)
+    write_documents(short, 2)
+    before = contents(out)
+    own = dict(arch="supra", fields=FIELDS, settings=TrainSettings(context=100_000, steps=9), evaluate=False)
+    with pytest.raises(RnnzooError, match="less than one sequence of 100000"):
+        train(out, [str(short)], **own, restart=True)
+    assert contents(out) == before
+    train(out, [str(text)], arch="supra", fields=FIELDS, settings=SETTINGS, evaluate=False)
+    assert contents(out).keys() == before.keys()
+
+
 def test_documents_do_not_leak():
     documents = torch.tensor([[0, 0, 0, 1, 1, 2]])
     batch = rows_to_batch([{"input_ids": torch.arange(6), "seq_ids": documents[0]}])

@@ -6,7 +6,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ...kernels.errors import RnnzooError
 
@@ -41,5 +41,6 @@ def appearing(out: str | os.PathLike) -> Iterator[pathlib.Path]:
         for parent in (out.parent, *out.parent.parents):
             if parent in existed:
                 break
-            parent.rmdir()
+            with suppress(OSError):  # somebody else has put something into it
+                parent.rmdir()
         raise

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..kernels.errors import RnnzooError
+from ..zoo.core.files import expect_free
 
 __all__ = ["Outcome", "Setting", "kill_and_compare", "tiny_setting"]
 
@@ -85,9 +85,9 @@ def kill_and_compare(setting: Setting, recipe: str, number: int, out: Path, chan
     """`number` conversions, each killed once somewhere in the time that an undisturbed one takes, and run again.
 
     Raises:
-        RnnzooError: the undisturbed run fails.
+        RnnzooError: the undisturbed run fails, or `out` is not empty.
     """
-    shutil.rmtree(out, ignore_errors=True)
+    expect_free(out)
     started = time.monotonic()
     plain = subprocess.run(_command(setting, recipe, out / "whole"), capture_output=True, text=True)
     if plain.returncode:
