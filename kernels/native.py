@@ -34,7 +34,7 @@ from torch import Tensor
 from .cache import cache_root
 from .sources import c_sources
 
-__all__ = ["build_all", "cache_folder", "compiler", "function", "pointer", "problem", "supports"]
+__all__ = ["build_all", "cache_folder", "calls", "compiler", "function", "pointer", "problem", "supports"]
 
 log = logging.getLogger("rnnzoo.kernels")
 FLAGS = (
@@ -45,8 +45,14 @@ FLAGS = (
 MACHINE_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
-# Told of every call of C: the function and its arguments (`kernels/tape`).
-listener: Callable[[Callable[..., None], tuple[int | float | None, ...]], None] | None = None
+
+class _Calls(threading.local):
+    """Of a thread. listener: told of every call of C, the function and its arguments (`kernels/tape`)."""
+
+    listener: Callable[[Callable[..., None], tuple[int | float | None, ...]], None] | None = None
+
+
+calls = _Calls()
 _libraries: dict[str, ctypes.CDLL] = {}
 _problems: dict[str, str | None] = {}
 _lock = threading.RLock()
@@ -123,8 +129,8 @@ def function(folder: str, name: str, signature: str) -> Callable[..., None]:
 
     def call(*arguments: int | float | None) -> None:
         entry(*arguments)
-        if listener is not None:
-            listener(entry, arguments)
+        if calls.listener is not None:
+            calls.listener(entry, arguments)
 
     return call
 

@@ -30,6 +30,10 @@ __all__ = ["Tape", "available"]
 
 Call = tuple[Callable[..., None], tuple[Any, ...]]
 
+# Tapes of several threads are written one after the other: torch notes in globals of the process that a mode is active,
+# and puts back what it found there, so modes that overlap would leave that one is.
+_writing = threading.RLock()
+
 
 def available() -> str | None:
     """Why tapes are not replayed here; None where they are."""
@@ -61,12 +65,14 @@ class Tape(TorchDispatchMode):
         return False  # nothing here is compiled, and leaving torch.compile out costs as much as an operation
 
     def __enter__(self) -> Tape:
-        native.listener, self._before, self._thread = self._native, native.listener, threading.get_ident()
+        _writing.acquire()
+        native.calls.listener, self._before = self._native, native.calls.listener
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        native.listener = self._before
+        native.calls.listener = self._before
+        _writing.release()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -92,10 +98,12 @@ class Tape(TorchDispatchMode):
         """Calls `function` past the tape; a replay calls it again, on the same tensors, for a result of one shape."""
         if self.problem is not None:
             return function(*tensors)
-        before, native.listener = native.listener, None
-        with _disable_current_modes():
-            result = function(*tensors)
-        native.listener = before
+        before, native.calls.listener = native.calls.listener, None
+        try:
+            with _disable_current_modes():
+                result = function(*tensors)
+        finally:
+            native.calls.listener = before
         self._entries.append((lambda: result.copy_(function(*tensors)), ()))
         self._kept.append((tensors, result))
         return result
@@ -123,7 +131,7 @@ class Tape(TorchDispatchMode):
         self._calls = None
 
     def _native(self, entry: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        if self.problem is None and threading.get_ident() == self._thread:
+        if self.problem is None:
             self._entries.append((entry, arguments))
 
 

@@ -4,8 +4,8 @@ A step of a small model is bound by the time between operations, not by them. Wi
 first one-token call on a cache under tapes (`kernels/tape`), one for each layer, and every later one as a replay of
 the tapes, on the same memory. What grows or depends on values (attention over a cache that grows) runs as always,
 between what is replayed; so does a layer with an operation that tapes do not know. Whatever a replay could miss (hooks,
-gradients, training, another device, a state that somebody else put into the cache) ends it. Results are those of the
-layers up to rounding.
+gradients, training, another device, a state that somebody else put into the cache) ends it. Threads that decode with
+one model have tapes and memory of their own. Results are those of the layers up to rounding.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from .cache import RecurrentCache
     from .modeling import RecurrentModel
 
-__all__ = ["Replay", "replaying"]
+__all__ = ["Replays", "replaying"]
 
 MOST_ROWS = 8  # of a batch: with more, matrix products for many rows are the faster ones
 DTYPES = (torch.float32, torch.bfloat16)
+
+
+_entering = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -42,14 +45,23 @@ def replaying(model: nn.Module) -> Iterator[None]:
     from .modeling import RecurrentModel
 
     decoder = next((module for module in model.modules() if isinstance(module, RecurrentModel)), None)
-    if decoder is None or decoder.decoding is not None or available() or not _may_be_replayed(decoder):
+    if decoder is None or available() or not _may_be_replayed(decoder):
         yield
         return
-    decoder.decoding = Replay()
+    me = threading.get_ident()
+    with _entering:
+        runner = decoder.decoding = decoder.decoding or Replays()
+        inner = me in runner.of_thread  # of a block that this thread is in already
+        if not inner:
+            runner.of_thread[me] = Replay()
     try:
         yield
     finally:
-        decoder.decoding = None
+        with _entering:
+            if not inner:
+                del runner.of_thread[me]
+            if not runner.of_thread:
+                decoder.decoding = None
 
 
 def _may_be_replayed(model: RecurrentModel) -> bool:
@@ -81,8 +93,34 @@ class _Part:
         return self.tape.problem is None
 
 
+class Replays:
+    """What runs a model's steps: the `Replay` of each thread that decodes with it; the others run its layers.
+
+    A copy of the model has none: it reduces to None.
+    """
+
+    def __init__(self) -> None:
+        self.of_thread: dict[int, Replay] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    @property
+    def problems(self) -> dict[int, str]:
+        return self.of_thread[threading.get_ident()].problems
+
+    def serves(self, cache: RecurrentCache | None, hidden: Tensor, ctx: Context) -> bool:
+        """Whether a call is to be made by `__call__`."""
+        replay = self.of_thread.get(threading.get_ident())
+        return replay is not None and replay.serves(cache, hidden, ctx)
+
+    def __call__(self, model: RecurrentModel, cache: RecurrentCache, hidden: Tensor, ctx: Context) -> Tensor:
+        """The normed output of the model's layers of one token (B, 1, D); the cache's states are updated."""
+        return self.of_thread[threading.get_ident()](model, cache, hidden, ctx)
+
+
 class Replay:
-    """Steps of one model on one cache.
+    """Steps of one model on one cache, in one thread.
 
     Attributes:
         problems: why a layer runs as always, by its number.
@@ -95,11 +133,9 @@ class Replay:
         self._cache: RecurrentCache | None = None
         self._positions: Tensor | None = None
         self._ended = False
-        self._thread = threading.get_ident()
 
     def serves(self, cache: RecurrentCache | None, hidden: Tensor, ctx: Context) -> bool:
-        """Whether a call is to be made by `__call__`."""
-        if self._ended or not ctx.in_place or cache is None or threading.get_ident() != self._thread:
+        if self._ended or not ctx.in_place or cache is None:
             return False
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
@@ -113,7 +149,6 @@ class Replay:
         return not self._ended
 
     def __call__(self, model: RecurrentModel, cache: RecurrentCache, hidden: Tensor, ctx: Context) -> Tensor:
-        """The normed output of the model's layers of one token (B, 1, D); the cache's states are updated."""
         if self._cache is None:
             return self._record(model, cache, hidden, ctx)
         self._positions.copy_(ctx.positions)

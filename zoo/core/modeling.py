@@ -23,7 +23,7 @@ from ...kernels.losses import linear_cross_entropy
 from . import attention as _attention  # noqa: F401  registers the layer types of hybrids
 from .cache import CACHE_NAME, RecurrentCache
 from .configuration import RecurrentConfig
-from .decoding import Replay
+from .decoding import Replays
 from .documents import Layout, documents_from_lengths, documents_from_positions, lay_out, padding_mask, prefix_tokens
 from .generation import RecurrentGenerationMixin
 from .layers import MLP, make_norm
@@ -122,7 +122,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
 class RecurrentModel(RecurrentPreTrainedModel):
     """The decoder without a head."""
 
-    decoding: Replay | None = None  # set by `decoding.replaying` for a while
+    decoding: Replays | None = None  # set by `decoding.replaying` for a while
 
     def __init__(self, config: RecurrentConfig):
         super().__init__(config)
@@ -228,9 +228,10 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if self.perspectives is not None:
             hidden = self.perspectives.spread(hidden)
         all_hidden, carried = [], None
-        replayed = self.decoding is not None and not collect and self.decoding.serves(cache, hidden, ctx)
+        runner = self.decoding  # read once: it goes as soon as the last thread that generates is done
+        replayed = runner is not None and not collect and runner.serves(cache, hidden, ctx)
         if replayed:
-            hidden = self.decoding(self, cache, hidden, ctx)
+            hidden = runner(self, cache, hidden, ctx)
         for i, layer in enumerate([] if replayed else self.layers):
             all_hidden += [hidden] if collect else []
             if cache is None:
