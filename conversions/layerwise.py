@@ -25,6 +25,7 @@ from ..zoo.core.sizes import causal_lm_class
 from .layer_files import HiddenFiles, SmallStreams, read_tensors, write_tensors
 from .mapped import MappedTeacher, block_of, new_mixer
 from .memory import return_freed_memory
+from .precision import mixed_precision
 from .processes import rows_per_step
 from .recipes import Recipe
 from .recipes.stages import Align, Calibrate
@@ -116,7 +117,7 @@ class Layers:
         streams = SmallStreams(self, self.folder / stage.name, fitted, judged, first)
         for number in range(first, self.count):
             theirs, ours = self.pair(number, previous)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            with mixed_precision("cpu", self.bf16):
                 report = self._fit(number, theirs, ours, streams, how, "features" in parts, stage.name)
                 for stream in streams.ours + streams.judged:
                     stream.advance(ours)
@@ -193,7 +194,7 @@ class Layers:
         weight = theirs.mixer.proj.o_proj.weight.float()
         heads = [x[0].float() for x in (q, k, v, *turned)]
         seen = Observed(*heads, torch.ones_like(stream.hidden[0]).float(), weight)
-        with torch.autocast("cpu", enabled=False):
+        with mixed_precision("cpu", False):
             rotation = self.twin_skeleton.model.rotary.get(torch.arange(len(heads[0])))
             for head in range(seen.k.shape[1]):
                 fit_head(mixer, seen, head, rotation, self.job.seed)
@@ -250,7 +251,7 @@ class Layers:
                 seq_ids = data[row]["seq_ids"][None]
                 seq_ids = None if bool((seq_ids == seq_ids[:, :1]).all()) else seq_ids
                 ctx = self.twin_skeleton.model.make_context(1, data.seq_len, torch.device("cpu"), seq_ids=seq_ids)
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                with mixed_precision("cpu", self.bf16):
                     with torch.no_grad(), caught(theirs.mixer) as seen:
                         behind[row] = theirs(before[row][None], None, ctx)[0][0]
                     if learner is None:

@@ -16,6 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from ...zoo import register_auto_classes
+from ..precision import mixed_precision
 
 __all__ = ["RnnzooLM"]
 
@@ -41,6 +42,5 @@ class RnnzooLM(HFLM):
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
         """Logits (batch, time, vocab) of right-padded rows. What stands behind a row's end changes nothing before it,
         so no mask is needed; and no state is kept, because nothing goes on from here."""
-        device, dtype = self.device.type, self.mixed_precision_dtype
-        with torch.no_grad(), torch.autocast(device_type=device, dtype=dtype, enabled=dtype is not None):
+        with torch.no_grad(), mixed_precision(self.device, self.mixed_precision_dtype):
             return self.model(inps, use_cache=False).logits

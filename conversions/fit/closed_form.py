@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ...kernels.errors import RnnzooError
 from ...zoo.core.mixer import Context, Mixer
 from ...zoo.core.registry import ATTENTION_TYPES
+from ..precision import mixed_precision
 from .distances import Distances
 from .least_squares import RIDGES, Gram, chosen_ridge, held_out
 from .linear_layers import set_with_bias, with_bias
@@ -109,7 +110,7 @@ def fit_layers(
     """
     device = student.model.embed_tokens.weight.device
     found = []
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with mixed_precision(device, bf16):
         teachers, students = ([Stream.of(model, data[i]) for i in range(len(data))] for model in (twin, student))
         for number, (theirs, ours) in enumerate(zip(twin.model.layers, student.model.layers, strict=True)):
             converted = student.config.layer_types[number] not in ATTENTION_TYPES

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..precision import mixed_precision
+
 __all__ = ["RIDGES", "Gram", "chosen_ridge", "held_out"]
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
@@ -34,7 +36,7 @@ class Gram:
     def add(self, y: Tensor, z: Tensor, weight: Tensor | None = None) -> None:
         """Takes in y (n, I) and z (n, O), with weights (n,); None: 1. Products are float32, or float64 for such y."""
         y, z = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (y, z))
-        with torch.autocast(y.device.type, enabled=False):
+        with mixed_precision(y.device, False):
             weighted = y if weight is None else y * weight.to(y)[:, None]
             self.g += weighted.T @ y
             self.c += weighted.T @ z

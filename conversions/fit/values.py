@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..precision import mixed_precision
 from .least_squares import Gram, chosen_ridge
 from .linear_layers import set_with_bias, with_bias
 
@@ -84,7 +85,8 @@ class Values:
         weight = torch.randn(self.projection.out_features, self.inputs, generator=generator).to(p)
         with self.replaced(weight):
             said = self.said(stream)
-        expected = p.unflatten(1, (self.kv_heads, -1)) @ weight.unflatten(0, (self.kv_heads, -1)).mT
+        with mixed_precision(p.device, False):
+            expected = p.unflatten(1, (self.kv_heads, -1)) @ weight.unflatten(0, (self.kv_heads, -1)).mT
         return said is not None and bool((said - expected.flatten(1, 2)).norm() < ROUNDING * said.norm())
 
     def said(self, stream: Stream) -> Tensor | None:
@@ -92,7 +94,7 @@ class Values:
         seen: list[Tensor] = []
         hook = self.reader.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            with torch.autocast(stream.hidden.device.type, enabled=False):
+            with mixed_precision(stream.hidden.device, False):
                 stream.mixed(self.block)
         finally:
             hook.remove()

@@ -14,6 +14,7 @@ from ..fit.closed_form import ClosedForm, fit_layers, has_decay
 from ..fit.features import fit_features
 from ..fit.observe import token_weights
 from ..fit.spend import with_state
+from ..precision import mixed_precision
 from ..recipes.stages import WINDOW_PARTS
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def loss_on(student: Any, data: PackedTokens, bf16: bool) -> float:
 
     device = student.model.embed_tokens.weight.device
     total, count = 0.0, 0
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with mixed_precision(device, bf16):
         for i in range(len(data)):
             ids, seq_ids = (data[i][name].to(device) for name in ("input_ids", "seq_ids"))
             documents = None if bool((seq_ids == seq_ids[0]).all()) else seq_ids[None]

@@ -10,6 +10,7 @@ import torch
 
 from ...kernels.errors import RnnzooError
 from ..evaluation.perplexity import perplexity
+from ..precision import mixed_precision
 
 __all__ = ["TOKENS", "held_out_perplexity"]
 
@@ -35,7 +36,7 @@ def held_out_perplexity(
     before = next(model.parameters()).device
     model.to(device).eval()
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with mixed_precision(device, bf16):
             found = perplexity(
                 model,
                 tokenizer,

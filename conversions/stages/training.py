@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ...zoo.core.registry import ATTENTION_TYPES
 from ..files import replace_text
+from ..precision import mixed_precision
 from ..processes import Processes, rows_per_step
 from ..sharding import is_sharded, shard_frozen, units
 from .schedules import rate_factor
@@ -141,7 +142,7 @@ class StageTrainer(StageRules, Trainer):
         share = kept_share(self.stage.window_dropout, self.args.seed, self.state.global_step, inputs["input_ids"])
         self.windows.enter_context(reduced_windows(self.model, share))
         # Trainer's own autocast covers the wrapped model's forward only, not the head and the losses.
-        with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.args.bf16):
+        with mixed_precision(inputs["input_ids"].device, self.args.bf16):
             seq_ids = inputs["seq_ids"]
             if bool((seq_ids == seq_ids[:, :1]).all()):
                 seq_ids = None  # rows of one document each need no masks
