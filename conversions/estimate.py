@@ -88,7 +88,7 @@ class Sizes:
 
     @staticmethod
     def of(teacher: TeacherRef, config: RecurrentConfig) -> Sizes:
-        from ..zoo.core.modeling import RecurrentForCausalLM
+        from ..zoo.core.heads import RecurrentForCausalLM
         from .stages.training import is_new
 
         with torch.device("meta"):

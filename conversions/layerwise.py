@@ -34,7 +34,7 @@ from .stages.train import next_tokens
 from .student import layer_types, student_config
 
 if TYPE_CHECKING:
-    from ..zoo.core.modeling import RecurrentBlock
+    from ..zoo.core.model import RecurrentBlock
     from .data import PackedTokens
     from .fit.closed_form import Stream
     from .job import Job

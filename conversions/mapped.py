@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.errors import RnnzooError
-from ..zoo.core.modeling import RecurrentBlock
+from ..zoo.core.model import RecurrentBlock
 from ..zoo.core.registry import mixer_class
 
 if TYPE_CHECKING:

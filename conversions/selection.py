@@ -27,8 +27,8 @@ from .recipes.keep import check_ranking
 from .recipes.stages import Calibrate
 
 if TYPE_CHECKING:
+    from ..zoo.core.heads import RecurrentForCausalLM
     from ..zoo.core.mixer import Context
-    from ..zoo.core.modeling import RecurrentForCausalLM
     from .job import Job
     from .recipes import Recipe
     from .teachers import TeacherRef

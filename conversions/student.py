@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..zoo.core.configuration import RecurrentConfig
-    from ..zoo.core.modeling import RecurrentForCausalLM
+    from ..zoo.core.heads import RecurrentForCausalLM
     from .teachers import TeacherRef
 
 __all__ = [

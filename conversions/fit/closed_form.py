@@ -39,7 +39,8 @@ from .linear_layers import set_with_bias, with_bias
 from .values import Values
 
 if TYPE_CHECKING:
-    from ...zoo.core.modeling import RecurrentBlock, RecurrentForCausalLM
+    from ...zoo.core.heads import RecurrentForCausalLM
+    from ...zoo.core.model import RecurrentBlock
     from ..data import PackedTokens
 
 __all__ = ["ClosedForm", "fit_layers", "output_projection"]

@@ -20,7 +20,7 @@ from torch import Tensor
 from .observe import Observed, observe, sample_rows
 
 if TYPE_CHECKING:
-    from ...zoo.core.modeling import RecurrentForCausalLM
+    from ...zoo.core.heads import RecurrentForCausalLM
     from ..data import PackedTokens
 
 __all__ = ["fit_features", "fit_head"]

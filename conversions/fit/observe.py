@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ...zoo.core.modeling import RecurrentForCausalLM
+    from ...zoo.core.heads import RecurrentForCausalLM
 
 __all__ = ["Observed", "observe", "sample_rows", "token_weights"]
 

@@ -17,7 +17,7 @@ from .state_errors import Measured, measure_states
 
 if TYPE_CHECKING:
     from ...zoo.core.configuration import RecurrentConfig
-    from ...zoo.core.modeling import RecurrentForCausalLM
+    from ...zoo.core.heads import RecurrentForCausalLM
     from ..data import PackedTokens
     from ..job import Job, Part
     from ..recipes import Recipe

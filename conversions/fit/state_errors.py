@@ -24,7 +24,7 @@ from .features import fit_head
 from .observe import Observed, observe, sample_rows
 
 if TYPE_CHECKING:
-    from ...zoo.core.modeling import RecurrentForCausalLM
+    from ...zoo.core.heads import RecurrentForCausalLM
     from ..data import PackedTokens
 
 __all__ = [

@@ -28,8 +28,8 @@ from .state_errors import (
 )
 
 if TYPE_CHECKING:
+    from ...zoo.core.heads import RecurrentForCausalLM
     from ...zoo.core.mixer import Context
-    from ...zoo.core.modeling import RecurrentForCausalLM
     from ..data import PackedTokens
 
 __all__ = ["measure_trained"]

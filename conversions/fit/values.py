@@ -26,7 +26,7 @@ from .least_squares import Gram, chosen_ridge
 from .linear_layers import set_with_bias, with_bias
 
 if TYPE_CHECKING:
-    from ...zoo.core.modeling import RecurrentBlock
+    from ...zoo.core.model import RecurrentBlock
     from .closed_form import Stream
 
 __all__ = ["Values"]

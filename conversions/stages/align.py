@@ -17,7 +17,7 @@ from .layer_targets import LOSSES, mixer_inputs, seen_layers, what_it_does
 from .training import StageTrainer, is_new
 
 if TYPE_CHECKING:
-    from ...zoo.core.modeling import RecurrentForCausalLM
+    from ...zoo.core.heads import RecurrentForCausalLM
     from ..job import Job, Part
     from ..recipes.stages import Align
 

@@ -19,8 +19,8 @@ from ..sharding import gathers
 
 if TYPE_CHECKING:
     from ...zoo.core.configuration import RecurrentConfig
+    from ...zoo.core.heads import RecurrentForCausalLM
     from ...zoo.core.mixer import Context
-    from ...zoo.core.modeling import RecurrentForCausalLM
 
 __all__ = ["LOSSES", "check_target", "mixer_inputs", "output_projection", "seen_layers", "what_it_does"]
 

@@ -30,7 +30,7 @@ from .schedules import rate_factor
 from .window_dropout import kept_share, reduced_windows
 
 if TYPE_CHECKING:
-    from ...zoo.core.modeling import RecurrentForCausalLM
+    from ...zoo.core.heads import RecurrentForCausalLM
     from ..data import PackedTokens
     from ..recipes.stages import TrainedStage
 

@@ -17,7 +17,7 @@ from rnnzoo.cli.list_command import WIDTH, facts, published_sizes
 from rnnzoo.cli.quantities import format_bytes, format_count
 from rnnzoo.zoo.core.configuration import RecurrentConfig
 from rnnzoo.zoo.core.mixer import Mixer
-from rnnzoo.zoo.core.modeling import RecurrentBlock
+from rnnzoo.zoo.core.model import RecurrentBlock
 from rnnzoo.zoo.core.registry import architectures, mixer_class
 from rnnzoo.zoo.core.sizes import architecture_config, causal_lm_class
 

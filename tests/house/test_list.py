@@ -11,7 +11,7 @@ from rich.console import Console
 from rnnzoo.cli.list_command import _show_architectures, _show_sizes, facts, published_sizes
 from rnnzoo.zoo.core.cache import RecurrentCache
 from rnnzoo.zoo.core.configuration import RecurrentConfig
-from rnnzoo.zoo.core.modeling import RecurrentForCausalLM
+from rnnzoo.zoo.core.heads import RecurrentForCausalLM
 from rnnzoo.zoo.core.registry import architectures
 from rnnzoo.zoo.core.sizes import architecture_config, parameter_count, state_bytes, window_bytes
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rnnzoo.zoo.core.configuration import RecurrentConfig
-from rnnzoo.zoo.core.modeling import RecurrentForCausalLM
+from rnnzoo.zoo.core.heads import RecurrentForCausalLM
 from rnnzoo.zoo.core.registry import known_mixers, mixer_class
 
 # Sizes at which a mixer's machinery (windows, groups, limits) is at work within a dozen tokens. What is not named here

@@ -10,7 +10,7 @@ from rnnzoo.kernels.errors import ShapeError
 from rnnzoo.zoo.aaren.configuration_aaren import AarenConfig
 from rnnzoo.zoo.aaren.modeling_aaren import AarenMixer
 from rnnzoo.zoo.core.mixer import AttentionWeights
-from rnnzoo.zoo.core.modeling import RecurrentModel
+from rnnzoo.zoo.core.model import RecurrentModel
 from rnnzoo.zoo.transformer.configuration_transformer import TransformerConfig
 
 HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 4}

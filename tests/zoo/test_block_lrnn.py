@@ -9,7 +9,7 @@ import transformers
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.block_lrnn.configuration_block_lrnn import BlockLRNNConfig
 from rnnzoo.zoo.block_lrnn.modeling_block_lrnn import BlockLRNNMixer
-from rnnzoo.zoo.core.modeling import RecurrentModel
+from rnnzoo.zoo.core.model import RecurrentModel
 
 
 def mixer_and_input(**fields) -> tuple[BlockLRNNMixer, torch.Tensor]:

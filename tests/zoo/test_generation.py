@@ -11,7 +11,7 @@ import transformers
 
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.cache import CACHE_NAME, RecurrentCache
-from rnnzoo.zoo.core.modeling import RecurrentForSequenceClassification
+from rnnzoo.zoo.core.heads import RecurrentForSequenceClassification
 from rnnzoo.zoo.core.registry import mixer_class
 from rnnzoo.zoo.mamba2.configuration_mamba2 import Mamba2Config
 from rnnzoo.zoo.mamba2.modeling_mamba2 import Mamba2ForCausalLM

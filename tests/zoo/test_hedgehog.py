@@ -8,7 +8,7 @@ import torch
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.cache import RecurrentCache
 from rnnzoo.zoo.core.configuration import RecurrentConfig
-from rnnzoo.zoo.core.modeling import RecurrentForCausalLM
+from rnnzoo.zoo.core.heads import RecurrentForCausalLM
 from rnnzoo.zoo.core.rotary import Rotary, RotaryFrequencies
 from rnnzoo.zoo.core.sizes import state_bytes
 from rnnzoo.zoo.hedgehog.configuration_hedgehog import HedgehogConfig

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from rnnzoo.kernels.errors import RnnzooError, ShapeError
 from rnnzoo.zoo.core.importing import export_checkpoint, import_checkpoint
 from rnnzoo.zoo.core.mixer import AttentionWeights
-from rnnzoo.zoo.core.modeling import RecurrentModel
+from rnnzoo.zoo.core.model import RecurrentModel
 from rnnzoo.zoo.mamba.configuration_mamba import MambaConfig
 from rnnzoo.zoo.mamba.modeling_mamba import MambaForCausalLM, MambaMixer
 

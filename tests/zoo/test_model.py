@@ -9,7 +9,8 @@ import transformers
 from rnnzoo.kernels.errors import RnnzooError, ShapeError
 from rnnzoo.zoo.core.cache import CACHE_NAME
 from rnnzoo.zoo.core.configuration import RecurrentConfig
-from rnnzoo.zoo.core.modeling import RecurrentForCausalLM, RecurrentForSequenceClassification, RecurrentModel
+from rnnzoo.zoo.core.heads import RecurrentForCausalLM, RecurrentForSequenceClassification
+from rnnzoo.zoo.core.model import RecurrentModel
 from rnnzoo.zoo.core.registry import architectures, config_class, mixer_class
 
 IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(1))

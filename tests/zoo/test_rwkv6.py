@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from rnnzoo.kernels.errors import RnnzooError, ShapeError
 from rnnzoo.zoo.core.importing import export_checkpoint, import_checkpoint
 from rnnzoo.zoo.core.mixer import AttentionWeights
-from rnnzoo.zoo.core.modeling import RecurrentModel
+from rnnzoo.zoo.core.model import RecurrentModel
 from rnnzoo.zoo.rwkv6.configuration_rwkv6 import RWKV6Config
 from rnnzoo.zoo.rwkv6.modeling_rwkv6 import RWKV6ForCausalLM, RWKV6Mixer
 

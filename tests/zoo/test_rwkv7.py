@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from rnnzoo.kernels.errors import RnnzooError, ShapeError
 from rnnzoo.zoo.core.importing import export_checkpoint, import_checkpoint
 from rnnzoo.zoo.core.mixer import AttentionWeights
-from rnnzoo.zoo.core.modeling import RecurrentModel
+from rnnzoo.zoo.core.model import RecurrentModel
 from rnnzoo.zoo.rwkv7.configuration_rwkv7 import RWKV7Config
 from rnnzoo.zoo.rwkv7.modeling_rwkv7 import RWKV7ForCausalLM, RWKV7Mixer
 

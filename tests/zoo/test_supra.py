@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rnnzoo.zoo.core.mixer import AttentionWeights
-from rnnzoo.zoo.core.modeling import RecurrentModel
+from rnnzoo.zoo.core.model import RecurrentModel
 from rnnzoo.zoo.supra.configuration_supra import SupraConfig
 from rnnzoo.zoo.supra.modeling_supra import SupraMixer, alibi_slopes
 

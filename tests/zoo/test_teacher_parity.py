@@ -20,8 +20,8 @@ from transformers import (
 from rnnzoo.kernels.errors import ShapeError
 from rnnzoo.zoo.core.attention import AttentionProjections
 from rnnzoo.zoo.core.configuration import RecurrentConfig
+from rnnzoo.zoo.core.heads import RecurrentForCausalLM
 from rnnzoo.zoo.core.mixer import AttentionWeights
-from rnnzoo.zoo.core.modeling import RecurrentForCausalLM
 
 SIZES = {"vocab_size": 61, "hidden_size": 36, "num_hidden_layers": 2, "intermediate_size": 48}
 HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 4, "initializer_range": 0.3}

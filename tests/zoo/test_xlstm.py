@@ -11,7 +11,7 @@ import transformers
 from rnnzoo.kernels.errors import RnnzooError, ShapeError
 from rnnzoo.zoo.core.importing import export_checkpoint, import_checkpoint
 from rnnzoo.zoo.core.mixer import AttentionWeights
-from rnnzoo.zoo.core.modeling import RecurrentModel
+from rnnzoo.zoo.core.model import RecurrentModel
 from rnnzoo.zoo.xlstm.configuration_xlstm import xLSTMConfig
 from rnnzoo.zoo.xlstm.modeling_xlstm import running_maximum, xLSTMForCausalLM, xLSTMMixer
 

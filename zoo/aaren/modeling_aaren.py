@@ -26,8 +26,8 @@ from transformers import initialization as init
 
 from ...kernels.softmax_scan.state import SoftmaxState
 from ..core.attention import AttentionProjections
+from ..core.heads import model_classes
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
-from ..core.modeling import model_classes
 from ..core.recurrences import softmax_average
 from ..core.registry import register_mixer
 from .configuration_aaren import AarenConfig

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ..core.heads import model_classes
 from ..core.linear import LinearMixer
 from ..core.mixer import Context, Mixer, MixerState
-from ..core.modeling import model_classes
 from ..core.recurrences import convolve
 from ..core.registry import register_mixer
 from .configuration_based import BasedConfig

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ..core.heads import model_classes
 from ..core.mixer import Context, Mixer, MixerState
-from ..core.modeling import model_classes
 from ..core.recurrences import scan_blocks
 from ..core.registry import register_mixer
 from .configuration_block_lrnn import BlockLRNNConfig

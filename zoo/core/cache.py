@@ -8,9 +8,7 @@ This is what assisted decoding and prompt lookup need; nothing is kept per token
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,9 +18,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ...kernels.errors import RnnzooError
 from .documents import Layout, Progress, lay_out
 from .mixer import MixerState
-
-if TYPE_CHECKING:
-    from .modeling import RecurrentModel
 
 __all__ = ["CACHE_NAME", "RecurrentCache"]
 
@@ -81,7 +76,7 @@ class RecurrentCache(Cache):
         self.recording = False
         self._checkpoint: _Checkpoint | None = None
         self._calls: list[_Call] = []
-        self._model: weakref.ref[RecurrentModel] | None = None
+        self._run_again: Callable[..., None] | None = None
 
     # What a model calls ---------------------------------------------------------------------------------------------
 
@@ -98,18 +93,23 @@ class RecurrentCache(Cache):
 
     def begin_recording(
         self,
-        model: RecurrentModel,
+        run_again: Callable[..., None],
         mask: Tensor | None,
         ids: Tensor | None,
         named: bool,
         shape: tuple[int, int],
         prefix: Tensor | None = None,
     ) -> None:
-        """Must precede `advance` of the same call."""
+        """Must precede `advance` of the same call.
+
+        Args:
+            run_again: brings this cache to a later state, by running the model's layers over recorded inputs:
+                `run_again(inputs, cache, mask, ids, named, prefix)`.
+        """
         if self.recording:
             if self._checkpoint is None:
                 self._checkpoint = _Checkpoint(list(self.states), self.progress)
-            self._model = weakref.ref(model)
+            self._run_again = run_again
             self._calls.append(_Call(mask, ids, named, shape, prefix, []))
 
     def record(self, hidden: Tensor) -> None:
@@ -237,14 +237,11 @@ class RecurrentCache(Cache):
 
     @torch.no_grad()
     def _replay(self, calls: list[_Call], columns: int) -> None:
-        model = self._model() if self._model is not None else None
-        if model is None and columns:
-            raise RnnzooError("The model that filled this cache is gone, so crop cannot run its layers again.")
         for call in calls:
             kept = call.first(min(columns, call.shape[1]))
             columns -= kept.shape[1]
             if kept.shape[1]:
-                model.replay(kept.hidden, self, kept.mask, kept.ids, kept.named, kept.prefix)
+                self._run_again(kept.hidden, self, kept.mask, kept.ids, kept.named, kept.prefix)
 
     # Inside ---------------------------------------------------------------------------------------------------------
 

@@ -14,18 +14,16 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.tape import Tape, available
+from .cache import RecurrentCache
 from .mixer import Context, MixerState
+from .model import RecurrentModel
 from .rotary import Rotary
-
-if TYPE_CHECKING:
-    from .cache import RecurrentCache
-    from .modeling import RecurrentModel
 
 __all__ = ["Replays", "replaying"]
 
@@ -42,8 +40,6 @@ def replaying(model: nn.Module) -> Iterator[None]:
 
     Nothing of the model may change within it: weights keep their memory, adapters and settings stay as they are.
     """
-    from .modeling import RecurrentModel
-
     decoder = next((module for module in model.modules() if isinstance(module, RecurrentModel)), None)
     if decoder is None or available() or not _may_be_replayed(decoder):
         yield

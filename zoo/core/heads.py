@@ -1,60 +1,207 @@
-"""Sizes of heads that are not the configuration's attention heads, in fields named by a prefix."""
+"""Models with a head: language modelling and classification.
+
+B batch, T tokens of the call, D hidden_size, V vocab_size.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
 
+from ...kernels.errors import RnnzooError
+from ...kernels.losses import linear_cross_entropy
+from .cache import CACHE_NAME, RecurrentCache
 from .configuration import RecurrentConfig
+from .generation import RecurrentGenerationMixin
+from .model import RecurrentModel, RecurrentPreTrainedModel, first_given
 
-__all__ = ["delta_student", "derive_delta", "derive_heads"]
+__all__ = ["RecurrentForCausalLM", "RecurrentForSequenceClassification", "model_classes"]
 
 
-def derive_heads(config: RecurrentConfig, prefix: str, widest: int = 128) -> None:
-    """Fills what is None of `<prefix>_key_dim`, `_num_heads` and `_value_dim`: equal heads that share hidden_size.
+class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
+    """The decoder with a language-model head."""
 
-    Args:
-        widest: where nothing is given, the key width is the largest proper divisor of hidden_size up to this.
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__(config)
+        self.model = RecurrentModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        cache: RecurrentCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        cache_params: RecurrentCache | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        prefix_mask: Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits and, with labels, the loss.
+
+        Arguments as for `RecurrentModel.forward`, and:
+            labels: (B, T), -100 where nothing is to be predicted; shifted inside.
+            logits_to_keep: as in transformers: the last n positions, or indices.
+
+        In training with labels and `config.fused_loss`, the loss is computed chunk by chunk and `logits` is None.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=first_given(cache, past_key_values, cache_params),
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_ids=seq_ids,
+            seq_idx=seq_idx,
+            output_hidden_states=output_hidden_states,
+            prefix_mask=prefix_mask,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None and self._may_fuse(logits_to_keep):
+            loss = self._fused_loss(hidden, labels, **kwargs)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+            if self.config.logit_cap is not None:
+                logits = self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}
+        )
+
+    def _may_fuse(self, logits_to_keep: int | Tensor) -> bool:
+        # An adapter or a hook on the head, or a loss of the user's own, must not be passed by.
+        plain_head = type(self.lm_head) is nn.Linear and not self.lm_head._forward_hooks
+        everything = isinstance(logits_to_keep, int) and logits_to_keep == 0 and self.config.logit_cap is None
+        own_loss = getattr(self, "_loss_function", None) is not None
+        return self.training and self.config.fused_loss and plain_head and everything and not own_loss
+
+    def _fused_loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.lm_head.weight,
+            shift_labels.reshape(-1).to(hidden.device),
+            bias=self.lm_head.bias,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+        if torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
+    """The decoder with a linear classifier on the last token of each row."""
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RecurrentModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: RecurrentCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Class logits (B, num_labels), and the loss for labels (B,) or (B, num_labels).
+
+        The last token is found from `attention_mask` or else from `config.pad_token_id`; padding may be on either side.
+
+        Raises:
+            RnnzooError: several rows and no way to tell padding.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        last = self._last_token(hidden, input_ids, attention_mask)
+        pooled = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=pooled, labels=labels, pooled_logits=pooled, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss, logits=pooled, hidden_states=outputs.hidden_states, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}
+        )
+
+    def _last_token(self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | int:
+        batch, time = hidden.shape[:2]
+        if attention_mask is not None:
+            token = attention_mask[:, -time:].bool()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            token = input_ids != self.config.pad_token_id
+        elif batch == 1:
+            return -1
+        else:
+            raise RnnzooError(
+                "Classifying several rows needs an attention_mask, or config.pad_token_id with input_ids, to tell "
+                "padding from tokens."
+            )
+        return (torch.arange(time, device=hidden.device) * token.to(hidden.device)).argmax(-1)
+
+
+def model_classes(
+    config_class: type[RecurrentConfig],
+) -> tuple[type[RecurrentModel], type[RecurrentForCausalLM], type[RecurrentForSequenceClassification]]:
+    """The three models of an architecture, XModel, XForCausalLM and XForSequenceClassification for XConfig.
+
+    They differ from the generic ones in name and configuration alone. To be assigned under these names in the module
+    `modeling_<name>` beside the configuration's.
     """
-    width = config.hidden_size
-    key_dim, heads, value_dim = (f"{prefix}_{name}" for name in ("key_dim", "num_heads", "value_dim"))
-    if getattr(config, key_dim) is None:
-        given = getattr(config, heads)
-        share = (
-            width // given
-            if given
-            else next(d for d in range(min(widest, max(1, width // 2)), 0, -1) if width % d == 0)
-        )
-        setattr(config, key_dim, max(1, share))
-    if getattr(config, heads) is None:
-        setattr(config, heads, max(1, width // getattr(config, key_dim)))
-    if getattr(config, value_dim) is None:
-        setattr(config, value_dim, max(1, width // getattr(config, heads)))
+    name = config_class.__name__.removesuffix("Config")
+    module = config_class.__module__.replace("configuration_", "modeling_")
 
+    def derive(base: type, suffix: str, what: str) -> type:
+        doc = f"{name}: {what}"
+        return type(name + suffix, (base,), {"config_class": config_class, "__module__": module, "__doc__": doc})
 
-def derive_delta(config: RecurrentConfig, prefix: str) -> None:
-    """`derive_heads` for a mixer of `core.delta`, and `_k_heads` and `_v_heads`: `_num_heads` where None.
-
-    Raises:
-        ValueError: heads that do not divide, or an activation of the convolutions that there is not.
-    """
-    derive_heads(config, prefix)
-    q_heads, k_heads, v_heads = (f"{prefix}_{name}" for name in ("num_heads", "k_heads", "v_heads"))
-    for name in (k_heads, v_heads):
-        if getattr(config, name) is None:
-            setattr(config, name, getattr(config, q_heads))
-    q, k, v = (getattr(config, name) for name in (q_heads, k_heads, v_heads))
-    if v % k or (q % v and v % q):
-        raise ValueError(
-            f"{v_heads} ({v}) must be a multiple of {k_heads} ({k}), and a multiple or a divisor of {q_heads} ({q})."
-        )
-    if getattr(config, f"{prefix}_conv_activation") not in ("silu", "none"):
-        raise ValueError(
-            f"{prefix}_conv_activation must be 'silu' or 'none', got {getattr(config, f'{prefix}_conv_activation')!r}."
-        )
-
-
-def delta_student(prefix: str, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
-    """Fields of a student of attention: a state per kv head, and no activation, which would change its q, k and v."""
-    sizes = {"num_heads": num_heads, "k_heads": num_kv_heads, "v_heads": num_kv_heads}
-    sizes |= {"key_dim": head_dim, "value_dim": head_dim, "conv_activation": "none"}
-    return {f"{prefix}_{name}": value for name, value in sizes.items()}
+    return (
+        derive(RecurrentModel, "Model", "the decoder without a head."),
+        derive(RecurrentForCausalLM, "ForCausalLM", "the decoder with a language-model head."),
+        derive(RecurrentForSequenceClassification, "ForSequenceClassification", "with a classifier on the last token."),
+    )

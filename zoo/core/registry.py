@@ -1,7 +1,8 @@
 """Which mixers exist. An architecture is a folder of the zoo: `zoo/<name>/{configuration,modeling}_<name>.py`.
 
 Nothing is listed by hand: a folder with a `modeling_<name>.py` is an architecture, its mixer registers itself under
-`<name>` when the file is imported, and its configuration class registers itself when it is defined.
+`<name>` when the file is imported, and its configuration class registers itself when it is defined. Mixers derive from
+`mixer.Mixer` and configurations from `configuration.RecurrentConfig`; this module, which both import, knows neither.
 """
 
 from __future__ import annotations
@@ -9,13 +10,9 @@ from __future__ import annotations
 import functools
 import importlib
 import pathlib
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 from ...kernels.errors import RnnzooError
-
-if TYPE_CHECKING:
-    from .configuration import RecurrentConfig
-    from .mixer import Mixer
 
 __all__ = [
     "ATTENTION_TYPES",
@@ -34,16 +31,16 @@ __all__ = [
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
 """Layer types that the core itself provides, for hybrids."""
 
-MIXERS: dict[str, type[Mixer]] = {}
+MIXERS: dict[str, type[Any]] = {}
 """Mixers imported so far, by layer type. Use `mixer_class`, which imports on demand."""
 
-CHANNEL_MIXERS: dict[str, type[Mixer]] = {}
+CHANNEL_MIXERS: dict[str, type[Any]] = {}
 """Channel mixers with a state imported so far, by the architecture that has them. Use `channel_mixer_class`."""
 
-CONFIGS: dict[str, type[RecurrentConfig]] = {}
+CONFIGS: dict[str, type[Any]] = {}
 """Configuration classes imported so far, by the name of their mixer. Use `config_class`, which imports on demand."""
 
-M = TypeVar("M", bound="type[Mixer]")
+M = TypeVar("M", bound=type[Any])
 
 
 def register_mixer(name: str):
@@ -96,7 +93,7 @@ def _import(name: str, what: str) -> None:
         importlib.import_module(f"...{folder}.{what}_{folder}", __name__)
 
 
-def mixer_class(name: str) -> type[Mixer]:
+def mixer_class(name: str) -> type[Any]:
     """The mixer of a layer type, imported now if need be.
 
     Raises:
@@ -109,7 +106,7 @@ def mixer_class(name: str) -> type[Mixer]:
     return MIXERS[name]
 
 
-def channel_mixer_class(name: str) -> type[Mixer]:
+def channel_mixer_class(name: str) -> type[Any]:
     """The channel mixer of an architecture, imported now if need be.
 
     Raises:
@@ -124,7 +121,7 @@ def channel_mixer_class(name: str) -> type[Mixer]:
     return CHANNEL_MIXERS[name]
 
 
-def config_class(name: str) -> type[RecurrentConfig] | None:
+def config_class(name: str) -> type[Any] | None:
     """The configuration class that declares a mixer's own fields; None for the core's attention layers."""
     name = name.partition(".")[0]
     if name not in CONFIGS:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
 import torch
 
 from .configuration import RecurrentConfig
+from .heads import RecurrentForCausalLM
+from .model import RecurrentBlock
 from .registry import ATTENTION_TYPES
-
-if TYPE_CHECKING:
-    from .modeling import RecurrentForCausalLM
 
 __all__ = [
     "architecture_config",
@@ -26,8 +24,6 @@ __all__ = [
 
 def causal_lm_class(architecture: str) -> type[RecurrentForCausalLM]:
     """The model class of an architecture; the generic one for attention."""
-    from .modeling import RecurrentForCausalLM
-
     if architecture in ATTENTION_TYPES:
         return RecurrentForCausalLM
     module = importlib.import_module(f"...{architecture}.modeling_{architecture}", __name__)
@@ -47,8 +43,6 @@ def architecture_config(architecture: str) -> type[RecurrentConfig]:
 
 def parameter_count(config: RecurrentConfig) -> int:
     """Parameters of a causal language model, tied ones once."""
-    from .modeling import RecurrentForCausalLM
-
     with torch.device("meta"):
         return RecurrentForCausalLM(config).num_parameters()
 
@@ -60,8 +54,6 @@ def state_bytes(config: RecurrentConfig, dtype: torch.dtype) -> int:
 
 def layer_state_bytes(config: RecurrentConfig, dtype: torch.dtype) -> list[int]:
     """The same of each layer."""
-    from .modeling import RecurrentBlock
-
     meta = torch.device("meta")
     with meta:
         blocks = [RecurrentBlock(config, i) for i in range(config.num_hidden_layers)]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
-from ..core.heads import delta_student, derive_delta
+from ..core.head_sizes import delta_student, derive_delta
 
 __all__ = ["DeltaNetConfig"]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..core.delta import DeltaMixer, DeltaSizes
-from ..core.modeling import model_classes
+from ..core.heads import model_classes
 from ..core.registry import register_mixer
 from .configuration_delta_net import DeltaNetConfig
 

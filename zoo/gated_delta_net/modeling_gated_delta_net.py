@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from ...kernels.errors import RnnzooError
 from ..core.attention import FullAttention
 from ..core.delta import DeltaMixer, DeltaSizes, init_decay
+from ..core.heads import model_classes
 from ..core.layers import NORMS
 from ..core.mixer import AttentionWeights, shared_decay
-from ..core.modeling import model_classes
 from ..core.registry import register_mixer
 from .configuration_gated_delta_net import GatedDeltaNetConfig
 

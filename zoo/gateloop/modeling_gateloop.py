@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..core.attention import AttentionProjections
+from ..core.heads import model_classes
 from ..core.layers import GroupedNorm
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
-from ..core.modeling import model_classes
 from ..core.recurrences import scan
 from ..core.registry import register_mixer
 from .configuration_gateloop import GateLoopConfig

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.heads import model_classes
 from ..core.layers import RMSNorm
 from ..core.linear import LinearMixer
 from ..core.mixer import shared_decay
-from ..core.modeling import model_classes
 from ..core.registry import register_mixer
 from .configuration_gla import GLAConfig
 

@@ -13,7 +13,7 @@ section 2; Botev et al. 2024, "RecurrentGemma: Moving Past Transformers for Effi
 
 from __future__ import annotations
 
-from ..core.modeling import model_classes
+from ..core.heads import model_classes
 from ..core.registry import register_mixer
 from ..hawk.modeling_hawk import HawkMixer
 from .configuration_griffin import GriffinConfig

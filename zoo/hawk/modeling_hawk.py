@@ -30,8 +30,8 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from ..core.attention import copy_weight
+from ..core.heads import model_classes
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState, SelfInitialised
-from ..core.modeling import model_classes
 from ..core.recurrences import convolve, scan
 from ..core.registry import register_mixer
 from .configuration_hawk import HawkConfig

@@ -34,8 +34,8 @@ from ...kernels.gated_linear_attention import (
 from ...kernels.microscaling import quantise
 from ...kernels.window_step import leaving_keys, window_step
 from ..core.attention import AttentionProjections
+from ..core.heads import model_classes
 from ..core.mixer import AttentionWeights, Context
-from ..core.modeling import model_classes
 from ..core.recurrences import one_hot_values
 from ..core.registry import register_mixer
 from .configuration_hedgehog import HedgehogConfig

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.heads import model_classes
 from ..core.layers import LowerBounds, RMSNorm
 from ..core.mixer import Context, Mixer, MixerState
-from ..core.modeling import model_classes
 from ..core.recurrences import convolve, scan
 from ..core.registry import register_mixer
 from .configuration_hgrn import HGRNConfig

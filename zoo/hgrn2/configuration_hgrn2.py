@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
-from ..core.heads import derive_heads
+from ..core.head_sizes import derive_heads
 
 __all__ = ["HGRN2Config"]
 

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.attention import AttentionProjections
+from ..core.heads import model_classes
 from ..core.layers import LowerBounds, RMSNorm
 from ..core.linear import MatrixState
 from ..core.mixer import AttentionWeights, Context, Mixer
-from ..core.modeling import model_classes
 from ..core.recurrences import linear_attention
 from ..core.registry import register_mixer
 from .configuration_hgrn2 import HGRN2Config

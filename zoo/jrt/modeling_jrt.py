@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from ..based.modeling_based import taylor_features, taylor_width
 from ..core.attention import copy_weight
+from ..core.heads import model_classes
 from ..core.linear import LinearMixer, MatrixState
 from ..core.mixer import AttentionWeights, Context
-from ..core.modeling import model_classes
 from ..core.recurrences import linear_attention
 from ..core.registry import register_mixer
 from .configuration_jrt import JRTConfig

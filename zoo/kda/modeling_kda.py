@@ -28,9 +28,9 @@ from transformers import initialization as init
 
 from ..core.attention import FullAttention
 from ..core.delta import DeltaMixer, DeltaSizes, init_decay
+from ..core.heads import model_classes
 from ..core.layers import RMSNorm
 from ..core.mixer import Context, Mixer, SelfInitialised, shared_decay
-from ..core.modeling import model_classes
 from ..core.registry import register_mixer
 from .configuration_kda import KDAConfig
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ...kernels.gated_linear_attention import WindowState
 from ..core.attention import AttentionProjections
+from ..core.heads import model_classes
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
-from ..core.modeling import model_classes
 from ..core.recurrences import linear_attention, one_hot_values, window_attention
 from ..core.registry import register_mixer
 from .configuration_liger import LigerConfig

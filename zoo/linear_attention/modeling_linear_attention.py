@@ -18,10 +18,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.heads import model_classes
 from ..core.layers import RMSNorm
 from ..core.linear import LinearMixer
 from ..core.mixer import Context
-from ..core.modeling import model_classes
 from ..core.registry import register_mixer
 from .configuration_linear_attention import LinearAttentionConfig
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ..core.heads import model_classes
 from ..core.mixer import Context, Mixer, MixerState
-from ..core.modeling import model_classes
 from ..core.recurrences import scan
 from ..core.registry import register_mixer
 from .configuration_lru import LRUConfig

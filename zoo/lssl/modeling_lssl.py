@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..core.modeling import model_classes
+from ..core.heads import model_classes
 from ..core.registry import register_mixer
 from ..s4.hippo import HIPPO
 from ..s4.state_space import StateSpaceMixer, fill

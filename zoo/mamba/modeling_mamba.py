@@ -30,9 +30,9 @@ from transformers import initialization as init
 
 from ...kernels.errors import RnnzooError
 from ..core.attention import copy_weight
+from ..core.heads import model_classes
 from ..core.layers import RMSNorm
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
-from ..core.modeling import model_classes
 from ..core.recurrences import convolve, selective
 from ..core.registry import register_mixer
 from .configuration_mamba import MambaConfig

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..core.attention import copy_weight
+from ..core.heads import model_classes
 from ..core.layers import RMSNorm
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState, shared_decay
-from ..core.modeling import model_classes
 from ..core.recurrences import convolve, linear_attention, linear_attention_matrix
 from ..core.registry import register_mixer
 from .configuration_mamba2 import Mamba2Config

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import initialization as init
 
-from ..core.modeling import model_classes
+from ..core.heads import model_classes
 from ..core.registry import register_mixer
 from ..mingru.modeling_mingru import MinRNNMixer
 from .configuration_minlstm import MinLSTMConfig

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ..core.heads import model_classes
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
-from ..core.modeling import model_classes
 from ..core.projections import ConvolvedProjections
 from ..core.recurrences import linear_attention, linear_attention_matrix
 from ..core.registry import register_mixer

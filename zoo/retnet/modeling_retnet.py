@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ..core.heads import model_classes
 from ..core.layers import RMSNorm
 from ..core.linear import LinearMixer
 from ..core.mixer import Context
-from ..core.modeling import model_classes
 from ..core.registry import register_mixer
 from .configuration_retnet import RetNetConfig
 

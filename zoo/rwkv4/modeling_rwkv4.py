@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ...kernels.softmax_scan.state import SoftmaxState
+from ..core.heads import model_classes
 from ..core.mixer import Context, Mixer, MixerState
-from ..core.modeling import model_classes
 from ..core.recurrences import softmax_average
 from ..core.registry import register_channel_mixer, register_mixer
 from ..core.rwkv import ChannelMix, curve, depth, factor_shape, mix, orthogonal_, ramp, shift

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ..core.heads import model_classes
 from ..core.mixer import Context
-from ..core.modeling import model_classes
 from ..core.recurrences import linear_attention
 from ..core.registry import register_channel_mixer, register_mixer
 from ..core.rwkv import ChannelMix, depth, mix, orthogonal_, ramp, shift

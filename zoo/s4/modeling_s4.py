@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.modeling import model_classes
+from ..core.heads import model_classes
 from ..core.registry import register_mixer
 from .configuration_s4 import S4Config
 from .hippo import dplr

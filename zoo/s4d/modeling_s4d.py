@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..core.modeling import model_classes
+from ..core.heads import model_classes
 from ..core.registry import register_mixer
 from ..s4.hippo import dplr
 from ..s4.state_space import PairedMixer, as_complex

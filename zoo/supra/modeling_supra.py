@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..core.attention import AttentionProjections
+from ..core.heads import model_classes
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
-from ..core.modeling import model_classes
 from ..core.recurrences import linear_attention, linear_attention_matrix
 from ..core.registry import register_mixer
 from .configuration_supra import SupraConfig

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.attention import AttentionProjections, document_index
+from ..core.heads import model_classes
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
-from ..core.modeling import model_classes
 from ..core.registry import register_mixer
 from .configuration_tova import TovaConfig
 

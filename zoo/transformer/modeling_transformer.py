@@ -14,7 +14,7 @@ Su et al. 2021 (rotation); Ainslie et al. 2023 (grouped heads).
 from __future__ import annotations
 
 from ..core.attention import FullAttention
-from ..core.modeling import model_classes
+from ..core.heads import model_classes
 from ..core.registry import register_mixer
 from .configuration_transformer import TransformerConfig
 

@@ -28,9 +28,9 @@ from transformers import initialization as init
 
 from ...kernels.steps import document_starts
 from ..core.attention import AttentionProjections
+from ..core.heads import model_classes
 from ..core.layers import GroupedNorm
 from ..core.mixer import AttentionWeights, Context, Mixer, MixerState, shared_decay
-from ..core.modeling import model_classes
 from ..core.recurrences import linear_attention
 from ..core.registry import register_mixer
 from .configuration_xlstm import xLSTMConfig

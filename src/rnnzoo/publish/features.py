@@ -28,10 +28,10 @@ ROLLBACK = {
         values={"self._checkpoint": None, "self._calls": (), "self.recording": False},
         members=frozenset(f"RecurrentCache.{name}" for name in RECORDING | CROPPING),
         targets=frozenset(
-            {"self.recording", "self._checkpoint", "self._calls", "self._model", "self._checkpoint, self._calls"}
+            {"self.recording", "self._checkpoint", "self._calls", "self._run_again", "self._checkpoint, self._calls"}
         ),
     ),
-    "zoo.core.modeling": Facts(
+    "zoo.core.model": Facts(
         values={"cache.recording": False, "replayed": False},
         members=frozenset({"RecurrentModel.replay", "RecurrentModel.decoding", "RecurrentBlock.advance"}),
         targets=frozenset({"replayed"}),
@@ -51,7 +51,7 @@ NORMALIZE["zoo.core.linear"] = Facts(
     {"normalize": False, "self.normalize": False}, targets=frozenset({"self.normalize"})
 )
 ROTARY = {
-    "zoo.core.modeling": Facts(values={"rotary": None}, targets=frozenset({"rotary", "self.rotary"})),
+    "zoo.core.model": Facts(values={"rotary": None}, targets=frozenset({"rotary", "self.rotary"})),
     "zoo.core.mixer": Facts(rewritten={"Context.rotary": "    rotary: None\n"}),
 }
 PLAIN_ROTARY = {
@@ -61,7 +61,8 @@ PLAIN_ROTARY = {
     )
 }
 PREFIX = {
-    "zoo.core.modeling": Facts(values={"prefix_mask": None, "prefix": None}, targets=frozenset({"prefix"})),
+    "zoo.core.model": Facts(values={"prefix_mask": None, "prefix": None}, targets=frozenset({"prefix"})),
+    "zoo.core.heads": Facts(values={"prefix_mask": None}),
     "zoo.core.generation": Facts(members=frozenset({"RecurrentGenerationMixin.prepare_inputs_for_generation"})),
     "zoo.core.mixer": Facts(members=frozenset({"Mixer.columns", "MixerState.reorder"})),
 }
@@ -135,7 +136,7 @@ def known_features(config: RecurrentConfig) -> Features:
     features = Features(choices, {}).without(ROLLBACK)
     if config.rope_parameters is None or config.rope_parameters.get("rope_type", "default") == "default":
         features = features.without(PLAIN_ROTARY)
-    features = features.without({"zoo.core.modeling": _block(config), "zoo.core.layers": _norm(config)})
+    features = features.without({"zoo.core.model": _block(config), "zoo.core.layers": _norm(config)})
     if "hedgehog" in _kinds(config):
         hedgehog = _hedgehog(config)
         own = {f"zoo.hedgehog.{file}_hedgehog": hedgehog for file in ("modeling", "features")}

@@ -29,8 +29,8 @@ LINE_LIMIT = 1500
 HEADS = ("Model", "ForCausalLM", "ForSequenceClassification")
 AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
 # Modules whose names of options say nothing about what a mixer uses.
-CORE = tuple(f"zoo.core.{name}" for name in ("cache", "documents", "generation", "mixer", "modeling", "rotary"))
-CORE += ("zoo.core.recurrences",)
+CORE = tuple(f"zoo.core.{name}" for name in ("cache", "documents", "generation", "heads", "mixer", "model"))
+CORE += ("zoo.core.recurrences", "zoo.core.rotary")
 # Mixers with windows have these kernels in the other file.
 WINDOWED = {"hedgehog", "liger"}
 WINDOWS = ("kernels.gated_linear_attention", "kernels.microscaling", "kernels.window_step")

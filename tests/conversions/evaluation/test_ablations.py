@@ -10,7 +10,7 @@ from rnnzoo.cards.view import View
 from rnnzoo.conversions.evaluation import Dataset, Limits, ablations, evaluate
 from rnnzoo.conversions.evaluation.ablations import ablation, branches, only
 from rnnzoo.conversions.evaluation.perplexity import perplexity
-from rnnzoo.zoo.core.modeling import RecurrentForCausalLM
+from rnnzoo.zoo.core.heads import RecurrentForCausalLM
 from rnnzoo.zoo.hedgehog.configuration_hedgehog import HedgehogConfig
 from rnnzoo.zoo.hedgehog.modeling_hedgehog import HedgehogForCausalLM
 

@@ -1,45 +1,34 @@
-"""The generic model: embedding, blocks (norm, mixer, norm, MLP), final norm; language-model and classification heads.
+"""The generic model without a head: embedding, blocks (norm, mixer, norm, MLP), final norm.
 
-B batch, T tokens of the call, D hidden_size, V vocab_size.
+B batch, T tokens of the call, D hidden_size.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import weakref
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
-)
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from ...kernels.errors import RnnzooError, ShapeError
-from ...kernels.losses import linear_cross_entropy
 from . import attention as _attention  # noqa: F401  registers the layer types of hybrids
 from .cache import CACHE_NAME, RecurrentCache
 from .configuration import RecurrentConfig
-from .decoding import Replays
 from .documents import Layout, documents_from_lengths, documents_from_positions, lay_out, padding_mask, prefix_tokens
-from .generation import RecurrentGenerationMixin
 from .layers import MLP, make_norm
 from .mixer import BlockState, Context, MixerState, SelfInitialised
 from .perspectives import Perspectives
 from .registry import channel_mixer_class, mixer_class
 from .rotary import Rotary, RotaryFrequencies
 
-__all__ = [
-    "RecurrentBlock",
-    "RecurrentForCausalLM",
-    "RecurrentForSequenceClassification",
-    "RecurrentModel",
-    "RecurrentPreTrainedModel",
-    "model_classes",
-]
+__all__ = ["RecurrentBlock", "RecurrentModel", "RecurrentPreTrainedModel", "StepRunner", "first_given"]
 
 
 class RecurrentBlock(GradientCheckpointingLayer):
@@ -119,10 +108,22 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             module.init_weights()
 
 
+class StepRunner(Protocol):
+    """Runs the layers and the final norm of one-token calls in place of the model's own loop."""
+
+    def serves(self, cache: RecurrentCache | None, hidden: Tensor, ctx: Context) -> bool:
+        """Whether a call is to be made by `__call__`."""
+        ...
+
+    def __call__(self, model: RecurrentModel, cache: RecurrentCache, hidden: Tensor, ctx: Context) -> Tensor:
+        """The normed output for one token (B, 1, D); the cache's states are updated."""
+        ...
+
+
 class RecurrentModel(RecurrentPreTrainedModel):
     """The decoder without a head."""
 
-    decoding: Replays | None = None  # set by `decoding.replaying` for a while
+    decoding: StepRunner | None = None  # set by `decoding.replaying` for a while
 
     def __init__(self, config: RecurrentConfig):
         super().__init__(config)
@@ -206,7 +207,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if ids is None:
             ids = documents_from_positions(position_ids, mask, *shape)
 
-        cache = self._cache(_first_given(cache, past_key_values, cache_params), use_cache)
+        cache = self._cache(first_given(cache, past_key_values, cache_params), use_cache)
         prefix = None
         if prefix_mask is not None:
             if not any("prefix_mask" in mixer_class(kind).columns for kind in set(self.config.layer_types)):
@@ -217,7 +218,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if cache is None:
             layout = lay_out(None, mask, ids, named, shape, device)
         else:
-            cache.begin_recording(self, mask, ids, named, shape, prefix)
+            cache.begin_recording(functools.partial(_replay, weakref.ref(self)), mask, ids, named, shape, prefix)
             layout = cache.advance(mask, ids, named, shape, device)
         ctx = self.context(mask, layout, prefix)
         # What recording keeps for a rollback shares its tensors with the states.
@@ -284,191 +285,14 @@ class RecurrentModel(RecurrentPreTrainedModel):
             cache.states[i], carried = layer.advance(hidden, self._state(cache, i, hidden), ctx, carried)
 
 
-class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
-    """The decoder with a language-model head."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: RecurrentConfig):
-        super().__init__(config)
-        self.model = RecurrentModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict | None = None,
-        position_ids: Tensor | None = None,
-        cache: RecurrentCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        seq_ids: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        past_key_values: RecurrentCache | None = None,
-        cache_params: RecurrentCache | None = None,
-        output_hidden_states: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        prefix_mask: Tensor | None = None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Logits and, with labels, the loss.
-
-        Arguments as for `RecurrentModel.forward`, and:
-            labels: (B, T), -100 where nothing is to be predicted; shifted inside.
-            logits_to_keep: as in transformers: the last n positions, or indices.
-
-        In training with labels and `config.fused_loss`, the loss is computed chunk by chunk and `logits` is None.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=_first_given(cache, past_key_values, cache_params),
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            seq_ids=seq_ids,
-            seq_idx=seq_idx,
-            output_hidden_states=output_hidden_states,
-            prefix_mask=prefix_mask,
-            **kwargs,
-        )
-        hidden = outputs.last_hidden_state
-        loss = logits = None
-        if labels is not None and self._may_fuse(logits_to_keep):
-            loss = self._fused_loss(hidden, labels, **kwargs)
-        else:
-            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
-            if self.config.logit_cap is not None:
-                logits = self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}
-        )
-
-    def _may_fuse(self, logits_to_keep: int | Tensor) -> bool:
-        # An adapter or a hook on the head, or a loss of the user's own, must not be passed by.
-        plain_head = type(self.lm_head) is nn.Linear and not self.lm_head._forward_hooks
-        everything = isinstance(logits_to_keep, int) and logits_to_keep == 0 and self.config.logit_cap is None
-        own_loss = getattr(self, "_loss_function", None) is not None
-        return self.training and self.config.fused_loss and plain_head and everything and not own_loss
-
-    def _fused_loss(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = -100,
-        shift_labels: Tensor | None = None,
-        **kwargs,
-    ) -> Tensor:
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        reduction = "mean" if num_items_in_batch is None else "sum"
-        loss = linear_cross_entropy(
-            hidden.flatten(0, 1),
-            self.lm_head.weight,
-            shift_labels.reshape(-1).to(hidden.device),
-            bias=self.lm_head.bias,
-            ignore_index=ignore_index,
-            reduction=reduction,
-        )
-        if torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss if num_items_in_batch is None else loss / num_items_in_batch
+def _replay(model: weakref.ref[RecurrentModel], *recorded) -> None:
+    """`RecurrentModel.replay` for a cache, which must not keep the model alive."""
+    found = model()
+    if found is None:
+        raise RnnzooError("The model that filled this cache is gone, so crop cannot run its layers again.")
+    found.replay(*recorded)
 
 
-class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
-    """The decoder with a linear classifier on the last token of each row."""
-
-    def __init__(self, config: RecurrentConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = RecurrentModel(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: RecurrentCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs,
-    ) -> SequenceClassifierOutputWithPast:
-        """Class logits (B, num_labels), and the loss for labels (B,) or (B, num_labels).
-
-        The last token is found from `attention_mask` or else from `config.pad_token_id`; padding may be on either side.
-
-        Raises:
-            RnnzooError: several rows and no way to tell padding.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            **kwargs,
-        )
-        hidden = outputs.last_hidden_state
-        last = self._last_token(hidden, input_ids, attention_mask)
-        pooled = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=pooled, labels=labels, pooled_logits=pooled, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss, logits=pooled, hidden_states=outputs.hidden_states, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}
-        )
-
-    def _last_token(self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | int:
-        batch, time = hidden.shape[:2]
-        if attention_mask is not None:
-            token = attention_mask[:, -time:].bool()
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            token = input_ids != self.config.pad_token_id
-        elif batch == 1:
-            return -1
-        else:
-            raise RnnzooError(
-                "Classifying several rows needs an attention_mask, or config.pad_token_id with input_ids, to tell "
-                "padding from tokens."
-            )
-        return (torch.arange(time, device=hidden.device) * token.to(hidden.device)).argmax(-1)
-
-
-def _first_given(*caches: RecurrentCache | None) -> RecurrentCache | None:
+def first_given(*caches: RecurrentCache | None) -> RecurrentCache | None:
+    """The first that is not None; a cache has several names among a model's arguments."""
     return next((cache for cache in caches if cache is not None), None)
-
-
-def model_classes(
-    config_class: type[RecurrentConfig],
-) -> tuple[type[RecurrentModel], type[RecurrentForCausalLM], type[RecurrentForSequenceClassification]]:
-    """The three models of an architecture, XModel, XForCausalLM and XForSequenceClassification for XConfig.
-
-    They differ from the generic ones in name and configuration alone. To be assigned under these names in the module
-    `modeling_<name>` beside the configuration's.
-    """
-    name = config_class.__name__.removesuffix("Config")
-    module = config_class.__module__.replace("configuration_", "modeling_")
-
-    def derive(base: type, suffix: str, what: str) -> type:
-        doc = f"{name}: {what}"
-        return type(name + suffix, (base,), {"config_class": config_class, "__module__": module, "__doc__": doc})
-
-    return (
-        derive(RecurrentModel, "Model", "the decoder without a head."),
-        derive(RecurrentForCausalLM, "ForCausalLM", "the decoder with a language-model head."),
-        derive(RecurrentForSequenceClassification, "ForSequenceClassification", "with a classifier on the last token."),
-    )
