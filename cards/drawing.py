@@ -6,21 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from .layer_map import draw_layers
-from .plots import COLOURS, GREY
+from .style import COLOURS, GREY, MARKS
 
-__all__ = ["DRAWINGS", "STYLE"]
+__all__ = ["DRAWINGS"]
 
-_MARKS = {"student": ("o", "-"), "teacher": ("s", "--"), "window": ("^", "-.")}
-STYLE = {
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), GREY),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    "axes.grid": True,
-    "grid.color": GREY,
-    "grid.alpha": 0.3,
-    "font.size": 10,
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
-    "lines.linewidth": 2,
-}
 Rows = list[dict[str, Any]]
 Labels = dict[str, str]
 
@@ -31,7 +20,7 @@ def _legend(figure: Any) -> None:
 
 
 def _series(axes: Any, rows: Rows, labels: Labels, x: Callable[..., float], y: Callable[..., float]) -> None:
-    for column, (marker, line) in _MARKS.items():
+    for column, (marker, line) in MARKS.items():
         points = sorted((x(row), y(row)) for row in rows if row["column"] == column)
         if points:
             style = dict(color=COLOURS[column], marker=marker, label=labels[column])
@@ -54,7 +43,7 @@ def _ticks(axes: Any, values: set[int]) -> None:
 def _positions(figure: Any, rows: Rows, labels: Labels) -> None:
     """A step for each bucket; the teacher may leave the picture where it breaks, so the scale is logarithmic."""
     axes = figure.subplots()
-    for column, (_, line) in _MARKS.items():
+    for column, (_, line) in MARKS.items():
         buckets = sorted((row for row in rows if row["column"] == column), key=lambda row: row["start"])
         if buckets:
             edges = [bucket["start"] for bucket in buckets] + [buckets[-1]["end"]]
@@ -86,7 +75,7 @@ def _log_scale(axes: Any) -> None:
 
 def _recall(figure: Any, rows: Rows, labels: Labels) -> None:
     axes = figure.subplots()
-    for column, (marker, line) in _MARKS.items():
+    for column, (marker, line) in MARKS.items():
         points = sorted(
             (row["distance"], row["accuracy"], row.get("stderr") or 0) for row in rows if row["column"] == column
         )

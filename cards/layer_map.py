@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .plots import COLOURS, GREY
+from .style import ATTENTION, GREY, MIXERS, WINDOWS
 
 __all__ = ["draw_layers"]
-
-ATTENTION = ("full_attention", "sliding_attention")
-# Of mixers, in order of appearance; attention has the orange of its own. Okabe and Ito's, evened out in brightness.
-MIXERS = ("#1a7fc4", "#009e73", "#b0679a", "#8a7f00", "#7a6fd0")
-_SHORT, _LONG = (0.72, 0.86, 0.95), (0.02, 0.24, 0.44)  # windows: light blue to dark blue
 
 
 def draw_layers(figure: Any, part: dict[str, Any], labels: dict[str, str]) -> None:
@@ -43,7 +38,7 @@ def draw_layers(figure: Any, part: dict[str, Any], labels: dict[str, str]) -> No
 def _palette(kinds: list[str]) -> dict[str, str]:
     mixers = [kind for kind in dict.fromkeys(kinds) if kind not in ATTENTION]
     colours = {kind: MIXERS[place % len(MIXERS)] for place, kind in enumerate(mixers)}
-    return colours | {"full_attention": COLOURS["window"], "sliding_attention": "#b8860b"}
+    return colours | ATTENTION
 
 
 def _cells(axes: Any, kinds: list[str], windows: list[Any], heads: int) -> None:
@@ -69,7 +64,7 @@ def _shade(size: int, longest: int) -> tuple[float, ...]:
     from math import log2
 
     share = max(0.0, min(1.0, (log2(max(size, 16)) - 4) / max(1.0, log2(max(longest, 32)) - 4)))
-    return tuple(a + share * (b - a) for a, b in zip(_SHORT, _LONG, strict=True))
+    return tuple(a + share * (b - a) for a, b in zip(*WINDOWS, strict=True))
 
 
 def _bars(axes: Any, sizes: list[int], kinds: list[str]) -> None:

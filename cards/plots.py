@@ -19,15 +19,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..kernels.errors import RnnzooError
+from .style import STYLE
 
-__all__ = ["BACKGROUNDS", "COLOURS", "GREY", "PLOTS", "current_plots", "drawn_from", "write_plots"]
+__all__ = ["PLOTS", "current_plots", "drawn_from", "write_plots"]
 
 _logger = logging.getLogger(__name__)
 _VERSION = 3  # of the drawing: raise it and every picture is drawn again
-BACKGROUNDS = ("#ffffff", "#0d1117")  # the pages that they must be readable on
-GREY = "#797979"  # words, axes and grid: the grey whose contrast with both pages is the same, 4.3
-# Blue, orange and grey are told apart by the colour-blind; marker and line tell the columns apart as well.
-COLOURS = {"student": "#1a7fc4", "teacher": GREY, "window": "#d55e00"}
 
 # Name: (title, what of results.json is drawn).
 PLOTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
@@ -131,7 +128,7 @@ def _draw(path: Path, name: str, results: dict[str, Any]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from .drawing import DRAWINGS, STYLE
+    from .drawing import DRAWINGS
 
     with rc_context(cast("Any", STYLE)):
         figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")

@@ -8,28 +8,15 @@ B batch, H query heads, Hk key/value heads, F feature width, D key width, V valu
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from .. import native
 from ..checks import expect
 from ..dispatch import dispatch, register
-from ..microscaling import Packed
+from .state import State
 
 __all__ = ["State", "leaving_keys", "window_step"]
-
-
-class State(Protocol):
-    """What a layer with a window remembers: the fields of `gated_linear_attention.WindowState`, rings packed or not."""
-
-    s: Tensor
-    ring_k: Tensor | Packed
-    ring_v: Tensor | Packed
-    sink_k: Tensor | Packed
-    sink_v: Tensor | Packed
-    count: Tensor
 
 
 def _cpu():

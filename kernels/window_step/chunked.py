@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..gated_linear_attention import Window, WindowState, gated_linear_attention, ring_slots
 from ..microscaling import Packed, pack, quantise
-from . import State
+from .state import State
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..microscaling import Packed
 from ..native import function, pointer
-from . import State
+from .state import State
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as in cpu.c
 

@@ -7,8 +7,8 @@ import importlib.util
 import pytest
 
 from rnnzoo.cards import plots, render_card
-from rnnzoo.cards.layer_map import MIXERS
-from rnnzoo.cards.plots import BACKGROUNDS, COLOURS, PLOTS, drawn_from, write_plots
+from rnnzoo.cards.plots import PLOTS, drawn_from, write_plots
+from rnnzoo.cards.style import BACKGROUNDS, COLOURS, GREY, MIXERS
 from rnnzoo.kernels.errors import RnnzooError
 
 from .invented import invented, write
@@ -27,7 +27,7 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("page", BACKGROUNDS)
 def test_every_colour_stands_out_on_both_pages(page):
-    assert contrast(plots.GREY, page) > 4.3  # words
+    assert contrast(GREY, page) > 4.3  # words
     assert all(contrast(colour, page) > 3 for colour in (*COLOURS.values(), *MIXERS))  # WCAG 1.4.11
 
 
