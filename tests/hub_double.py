@@ -63,6 +63,7 @@ class HubDouble:
         self.uploads: list[tuple[str, int]] = []  # (hash, bytes) of the large files that arrived whole
         self.stalling: set[str] = set()  # hashes of large files whose upload stops half-way and stays so
         self.stalled = threading.Event()
+        self.arrived = threading.Semaphore(0)  # released for each of `uploads`
         self.release = threading.Event()
         self.lock = threading.RLock()
 
@@ -182,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.command == "PUT" and path.rpartition("/")[2] in self.hub.stalling:
                 self.rfile.read(size // 2)
                 self.hub.stalled.set()
-                self.hub.release.wait(60)
+                self.hub.release.wait()  # until the double ends
                 self.close_connection = True
                 return False
             self.body = self.rfile.read(size)
@@ -304,6 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(400, "The content does not have this hash")
         self.hub.blobs[oid] = self.body
         self.hub.uploads.append((oid, len(self.body)))
+        self.hub.arrived.release()
         return b""
 
     def _verify(self) -> Any:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from rnnzoo.cards.plots import write_plots
 
 COLUMNS = ("student", "teacher", "window")
 
@@ -91,8 +98,20 @@ def invented() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write(folder, results):
+def write(folder, results, pictures=True):
+    """A folder with these results, and the pictures of the invented ones: those of other numbers are drawn again."""
     (folder / "results.json").write_text(json.dumps(results))
+    if pictures and "evaluation" in results:
+        shutil.copytree(drawn(), folder, dirs_exist_ok=True)
+    return folder
+
+
+@functools.cache
+def drawn():
+    """The pictures of the invented results, drawn once in a process: that takes two seconds."""
+    folder = Path(tempfile.mkdtemp(prefix="rnnzoo-pictures-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_plots(invented(), folder)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from rnnzoo.conversions.stages.training import read_metrics
 from rnnzoo.kernels.errors import RnnzooError
 
 from ..end_to_end.conftest import write_documents
+from ..stopped import program
 from .tiny import tiny_teacher
 
 RECIPE = {
@@ -59,12 +61,12 @@ def alone(given, tmp_path_factory) -> Path:
 
 def run(
     count: int, given, out: Path, *more: str, program: Sequence[str] = ("-m", "rnnzoo")
-) -> subprocess.CompletedProcess:
+) -> subprocess.CompletedProcess[str]:
     teacher, recipe, data = given
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
     asked = ["convert", teacher, "--recipe", recipe, "--data", data[0], "--out", str(out), "--dtype", "float32"]
     command = [sys.executable, *start, *program, *asked, "--no-evaluate", "--json", *more]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
 def losses(out: Path, stage: str) -> list[float]:
@@ -93,9 +95,9 @@ def test_two_processes_end_where_one_does(given, alone, tmp_path):
 
 
 def stop_and_go_on(given, out: Path, stage: str, step: int, before: int, after: int, *more: str) -> None:
-    """A run by `before` processes dies in a stage, as `dies.py` says, and `after` of them end it."""
-    dying = [str(Path(__file__).with_name("dies.py")), stage, str(step)]
-    done = run(before, given, out, *more, program=dying)
+    """A run by `before` processes is killed after a step of a stage (0: as it begins), and `after` of them end it."""
+    point = f"kept:{stage}:{step}" if step else f"said:{stage}"
+    done = run(before, given, out, *more, program=program(signal.SIGKILL, point))
     assert done.returncode == -9 or (before > 1 and "SIGKILL" in done.stderr), done.stderr
     assert not (out / "model.safetensors").exists()
     assert bool(list((out / ".rnnzoo" / stage).glob("checkpoint-*/complete"))) == (step > 0)

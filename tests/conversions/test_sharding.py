@@ -91,7 +91,7 @@ def sharded(teacher: str, recipe: str, data: list[str], out: Path, checkpointing
     environment = os.environ | FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": checkpointing}
     done = subprocess.run(
         [*start, str(Path(__file__).with_name("fsdp_on_cpu.py")), *asked, "--no-evaluate"],
-        capture_output=True, text=True, timeout=300, env=environment,
+        capture_output=True, text=True, timeout=1200, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = re.findall(r"units (\d+), share (\d\.\d\d)", done.stderr)

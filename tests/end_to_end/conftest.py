@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from rnnzoo.conversions.recipes import FOLDER
+from rnnzoo.kernels.native import cache_folder
 
 from ..conversions.tiny import tiny_teacher, tiny_tokenizer
 from ..hub_double import HubDouble
@@ -49,7 +50,7 @@ def write_recipe(path: Path) -> Path:
 @dataclass(frozen=True)
 class Workshop:
     """A tiny teacher, its data, the default recipe with small steps, and the environment in which commands run: no
-    network, an empty cache, one thread."""
+    network, a cache with nothing but built kernels, one thread."""
 
     teacher: Path
     data: Path
@@ -92,6 +93,9 @@ class Workshop:
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     folder = tmp_path_factory.mktemp("workshop")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RNNZOO_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    (folder / "cache").mkdir()
+    (folder / "cache" / "kernels").symlink_to(cache_folder())
     environment.pop("RNNZOO_DEBUG", None)
     environment.pop("RNNZOO_NO_REGISTER", None)
     data = write_documents(folder / "text.jsonl", 400)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.slow
+GUARD = 600  # seconds, against hanging for ever where something is broken
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -35,7 +36,7 @@ def address(workshop, converted) -> Iterator[str]:
         pytest.fail(process.communicate()[1])
     yield json.loads(document)["address"]
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=GUARD)
     assert process.returncode == 130 and "Traceback" not in err, err
 
 
@@ -54,7 +55,7 @@ def browser() -> Iterator:
     driver.quit()
 
 
-def wait(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait(condition: Callable[[], object], seconds: float = GUARD) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "the page did not get there"
@@ -139,7 +140,7 @@ def test_text_comes_as_a_stream_and_stop_ends_it(page):
         lengths.append(len(page.text("student")))
     assert lengths == sorted(set(lengths)) and not page.ended()
     page.one("#stop").click()
-    wait(page.ended, 20)
+    wait(page.ended)
     assert "stopped" in (page.phase("student"), page.phase("teacher"))
     wait(lambda: page.one("#run").is_enabled())
 

@@ -1,17 +1,17 @@
-"""Kill a conversion at any moment and start it again: the weights are those of an undisturbed run, bit for bit."""
+"""Stop a conversion anywhere and start it again: the weights are those of an undisturbed run, bit for bit."""
 
 from __future__ import annotations
 
 import hashlib
 import shlex
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from rnnzoo import cli
+
+from ..stopped import run_stopped
 
 
 def weights(folder: Path) -> dict[str, str]:
@@ -20,34 +20,13 @@ def weights(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def run_until_killed(command: list[str], environment: dict[str, str], stage_lines: int, seconds: float) -> int:
-    """Kills the process `seconds` after its `stage_lines`-th line of progress; returns its exit code."""
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        for _ in range(stage_lines):
-            if not process.stderr.readline():
-                break
-        time.sleep(seconds)
-        process.kill()
-        process.stderr.read()
-    return process.returncode
-
-
 def test_stopped_conversion_says_how_to_go_on_and_ends_at_the_same_weights(workshop, converted, tmp_path):
     out = tmp_path / "student"
     arguments = workshop.convert(out, "--no-evaluate")
-    with subprocess.Popen(
-        workshop.command(*arguments), env=workshop.environment, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        while not list(out.glob(".rnnzoo/distill/checkpoint-*/complete")) and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
-    assert process.returncode == 130
-    assert said.splitlines()[-1] == f"stopped; the same command goes on from here: rnnzoo {shlex.join(arguments)}"
+    stopped = run_stopped(signal.SIGINT, "kept:distill:2", arguments, workshop.environment)
+    assert stopped.returncode == 130, stopped.stderr
+    again = f"stopped; the same command goes on from here: rnnzoo {shlex.join(arguments)}"
+    assert stopped.stderr.splitlines()[-1] == again
     done = workshop.rnnzoo(*arguments)
     assert "distill: " in done.stderr and "align: " not in done.stderr and "distill: 0 of" not in done.stderr
     assert weights(out) == weights(converted)
@@ -55,13 +34,21 @@ def test_stopped_conversion_says_how_to_go_on_and_ends_at_the_same_weights(works
 
 @pytest.mark.slow
 def test_killed_conversions_end_at_the_same_weights(workshop, converted, tmp_path):
+    """One run, killed in every stage, and while it writes: each time the next goes on with what there is."""
     out = tmp_path / "student"
-    command = workshop.command(*workshop.convert(out, "--no-evaluate"))
-    killed = 0
-    for stage_lines, seconds in ((1, 0.0), (2, 0.3), (3, 0.1), (4, 0.5), (5, 0.0), (6, 0.2)):
-        killed += run_until_killed(command, workshop.environment, stage_lines, seconds) == -signal.SIGKILL
-    assert killed >= 3, "the runs were too quick to be killed"
-    workshop.rnnzoo(*workshop.convert(out, "--no-evaluate"))
+    arguments = workshop.convert(out, "--no-evaluate")
+    points = ["placed:training.safetensors", "said:calibrate", "said:align", "kept:align:2", "placed:student-2"]
+    points += [
+        "said:distill",
+        "kept:distill:4",
+        "placed:model.safetensors",
+        "placed:config.json",
+        "placed:results.json",
+    ]
+    for point in points:
+        killed = run_stopped(signal.SIGKILL, point, arguments, workshop.environment)
+        assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
+    workshop.rnnzoo(*arguments)
     assert weights(out) == weights(converted)
 
 

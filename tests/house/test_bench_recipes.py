@@ -92,22 +92,40 @@ def test_the_frontier_counts_the_bytes_of_kept_attention_and_has_the_window(tmp_
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
 
 
+class Moment:
+    """Stands in for the draw of the moment of a kill: as soon as the process runs, or long after it has ended."""
+
+    def __init__(self, late: bool):
+        self.late = late
+
+    def uniform(self, low: float, high: float) -> float:
+        return 1e6 if self.late else 0.0
+
+
 def test_other_weights_after_a_kill_are_told(setting, tmp_path, monkeypatch):
-    """With a command that writes the time as weights, and one that fails."""
-    write = "import sys, time, pathlib; p = pathlib.Path(sys.argv[1]); p.mkdir(parents=True); time.sleep(0.2);"
-    write += "(p / 'model.safetensors').write_text(sys.argv[2] or str(time.time()))"
+    """With a command that writes a word as weights, one that is another each time, and one that fails."""
+    write = "import os, sys, pathlib; p = pathlib.Path(sys.argv[1]); p.mkdir(parents=True, exist_ok=True);"
+    write += "(p / 'model.safetensors').write_text(sys.argv[2] or os.urandom(8).hex())"
+    begun = set()
 
-    def command(words: str):
-        return lambda setting, recipe, out: [kills.sys.executable, "-c", write, f"{out}-{random.random()}", words]
+    def command(words: str, late: bool):
+        def of(setting, recipe, out):
+            meets = not late and "killed" in out.name and out not in begun  # the run that is to be killed does not end
+            begun.add(out)
+            return [kills.sys.executable, "-c", "import signal; signal.pause()" if meets else write, str(out), words]
 
-    monkeypatch.setattr(kills, "_weights", lambda folder: max(folder.parent.glob(f"{folder.name}-*/*")).read_text())
-    monkeypatch.setattr(kills, "_command", command("same"))
-    assert [o.same for o in kill_and_compare(setting, "x", 2, tmp_path / "a", random.Random(0))] == [True, True]
-    monkeypatch.setattr(kills, "_command", command(""))
-    assert [o.same for o in kill_and_compare(setting, "x", 1, tmp_path / "b", random.Random(0))] == [False]
+        return of
+
+    def outcomes(name: str, moment: Moment, words: str) -> list[tuple[bool, str]]:
+        monkeypatch.setattr(kills, "_command", command(words, moment.late))
+        return [(o.same, o.words) for o in kill_and_compare(setting, "x", 1, tmp_path / name, moment)]
+
+    assert outcomes("a", Moment(late=True), "same") == [(True, "it had ended before: the same weights")]
+    assert outcomes("b", Moment(late=False), "same") == [(True, "killed and run again: the same weights")]
+    assert outcomes("c", Moment(late=True), "") == [(False, "it had ended before: OTHER WEIGHTS")]
     monkeypatch.setattr(kills, "_command", lambda *_: [kills.sys.executable, "-c", "raise SystemExit('no text')"])
     with pytest.raises(RnnzooError, match="fails without any kill: no text"):
-        next(kill_and_compare(setting, "x", 1, tmp_path / "c", random.Random(0)))
+        next(kill_and_compare(setting, "x", 1, tmp_path / "d", random.Random(0)))
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -24,12 +23,17 @@ SOURCE = """#include "answer.h"
 #include <stdint.h>
 void answer(int64_t *to) { *to = ANSWER; }
 """
-# Loads the folder "toy" of another source tree and prints its answer.
+# Loads the folder "toy" of another source tree and prints its answer; notes when it is about to ask for the lock.
 CHILD = """
 import pathlib, sys
 from rnnzoo.kernels import native, sources
 sources.HERE = pathlib.Path(sys.argv[1])
 import torch
+locked = native._locked
+def noted(path):
+    with open(sys.argv[2], "a") as notes: notes.write("here\\n")
+    return locked(path)
+native._locked = noted
 to = torch.zeros(1, dtype=torch.int64)
 native.function("toy", "answer", "p")(native.pointer(to))
 print(int(to))
@@ -92,8 +96,8 @@ def fake_compiler(path: pathlib.Path, *lines: str) -> pathlib.Path:
     return path
 
 
-def start(tree: pathlib.Path, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", CHILD, str(tree)]
+def start(tree: pathlib.Path, notes: pathlib.Path, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CHILD, str(tree), str(notes)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=os.environ | environment, text=True, start_new_session=True, **pipes)
 
@@ -117,28 +121,27 @@ def test_a_changed_or_new_header_is_another_build(toy, header):
 
 
 def test_processes_that_start_at_once_wait_for_one_build_and_leave_one_file(toy, tmp_path):
-    noted = tmp_path / "calls"
-    slow = fake_compiler(tmp_path / "slow", f'echo "$*" >> {noted}', "sleep 1", 'exec "$real" "$@"')
-    children = [start(toy, CC=str(slow)) for _ in range(2)]
+    """The compiler does not begin before both processes are at the lock."""
+    calls, notes = tmp_path / "calls", tmp_path / "notes"
+    notes.touch()
+    lines = [f'echo "$*" >> {calls}', 'if [ "$1" = --version ]; then exec "$real" --version; fi']
+    lines += [f'until [ "$(wc -l < {notes})" -ge 2 ]; do sleep 0.05; done', 'exec "$real" "$@"']
+    slow = fake_compiler(tmp_path / "slow", *lines)
+    children = [start(toy, notes, CC=str(slow)) for _ in range(2)]
     for child in children:
-        assert child.communicate(timeout=120) == ("42\n", "")
-    assert sum(" -c " in call for call in noted.read_text().splitlines()) == 1
+        assert child.communicate() == ("42\n", "")
+    assert sum(" -c " in call for call in calls.read_text().splitlines()) == 1
     assert len(in_cache()) == 1 and in_cache()[0].endswith(".so")
 
 
 def test_a_killed_build_leaves_no_library_and_holds_nobody_up(toy, tmp_path):
-    begun = tmp_path / "begun"
+    """The compiler kills itself and the process that waits for it, with half of its output written."""
     lines = ['if [ "$1" = --version ]; then exec "$real" --version; fi']
-    lines += ['for last; do :; done; echo half > "$last"', f"touch {begun}", "sleep 100"]
-    stuck = fake_compiler(tmp_path / "stuck", *lines)
-    child = start(toy, CC=str(stuck))
-    deadline = time.monotonic() + 60
-    while not begun.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert begun.exists()
-    os.killpg(child.pid, signal.SIGKILL)
+    lines += ['for last; do :; done; echo half > "$last"', "kill -KILL 0"]
+    child = start(toy, tmp_path / "notes", CC=str(fake_compiler(tmp_path / "dying", *lines)))
     child.communicate()
-    assert not list(native.cache_folder().glob("*.so"))
+    assert child.returncode == -signal.SIGKILL
+    assert list(native.cache_folder().rglob("cpu.o")) and not list(native.cache_folder().glob("*.so"))
     assert answer() == 42
 
 

@@ -45,7 +45,7 @@ def test_two_processes_share_the_weights_and_equal_one(tmp_path: Path, architect
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
