@@ -89,19 +89,16 @@ class Sizes:
     @staticmethod
     def of(teacher: TeacherRef, config: RecurrentConfig) -> Sizes:
         from ..zoo.core.heads import RecurrentForCausalLM
-        from .stages.training import is_new
+        from .stages.parameters import parts_of
 
         with torch.device("meta"):
             student = RecurrentForCausalLM(config)
-        kept = [kind in ATTENTION_TYPES for kind in config.layer_types]
-        new = mixers = 0
-        for number, layer in enumerate(student.model.layers):
-            for name, parameter in layer.mixer.named_parameters():
-                if not kept[number]:
-                    mixers += parameter.numel()
-                    new += parameter.numel() if is_new(f".mixer.{name}") else 0
+        count = dict.fromkeys(("new", "mixers", "attention", "rest"), 0)
+        for name, part in parts_of(student).items():
+            count[part] += student.get_parameter(name).numel()
         table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-        attention = config.num_hidden_layers, sum(kept)
+        attention = config.num_hidden_layers, sum(kind in ATTENTION_TYPES for kind in config.layer_types)
+        new, mixers = count["new"], count["new"] + count["mixers"]
         return Sizes(teacher.parameters, student.num_parameters(), table, new, mixers, attention, config)
 
     def trained(self, stage: Stage) -> int:

@@ -235,12 +235,13 @@ class Layers:
         from .fit.closed_form import caught
         from .stages.align import aligned_parameters
         from .stages.layer_targets import LOSSES, what_it_does
+        from .stages.parameters import parts_of
 
         steps, per_step = sizes
         chosen = aligned_parameters(stage, self.skeleton)
         prefix = f"model.layers.{number}.mixer."
         trained = {prefix + name: p for name, p in ours.mixer.named_parameters() if chosen(prefix + name)}
-        learner = Learner(stage, trained, self.config.layer_types, steps) if trained else None
+        learner = Learner(stage, trained, parts_of(self.skeleton), steps) if trained else None
         mixer = ours.mixer.train().requires_grad_(False)
         for parameter in trained.values():
             parameter.requires_grad_(True)
@@ -325,13 +326,11 @@ class Layers:
 class Learner:
     """The optimiser of one layer, as a stage's trainer makes it."""
 
-    def __init__(self, stage: Align, trained: dict[str, nn.Parameter], types: list[str], steps: int):
-        from .stages.training import part_of
-
+    def __init__(self, stage: Align, trained: dict[str, nn.Parameter], parts: dict[str, str], steps: int):
         self.stage, self.steps, self.at = stage, steps, 0
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in trained.items():
-            groups.setdefault(stage.rate(part_of(name, types)), []).append(parameter)
+            groups.setdefault(stage.rate(parts[name]), []).append(parameter)
         self.parameters = list(trained.values())
         self.optimizer = torch.optim.AdamW(
             [{"params": parameters, "lr": rate, "peak": rate} for rate, parameters in groups.items()],

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..kernels.errors import RnnzooError
-from ..zoo.core.mixer import Mixer
 from ..zoo.core.registry import mixer_class
 from .budget import check_budget
 from .processes import rows_per_step
@@ -87,7 +86,7 @@ def prepare_recipe(
 
 def _with_student(recipe: Recipe, student: str) -> Recipe:
     mixer = mixer_class(student)
-    if mixer.init_from_attention is Mixer.init_from_attention:
+    if not mixer.starts_from_attention():
         raise RnnzooError(
             f"A '{student}' layer cannot be started from an attention layer; `rnnzoo list` says which can."
         )

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from ...kernels.errors import RnnzooError
 from ...zoo.core.registry import ATTENTION_TYPES
 from .layer_targets import LOSSES, mixer_inputs, seen_layers, what_it_does
-from .training import StageTrainer, is_new
+from .parameters import decay_names, parts_of
+from .training import StageTrainer
 
 if TYPE_CHECKING:
     from ...zoo.core.heads import RecurrentForCausalLM
@@ -30,15 +32,21 @@ def run(job: Job, stage: Align, student: Any, part: Part) -> tuple[Any, dict[str
 
 
 def aligned_parameters(stage: Align, student: RecurrentForCausalLM) -> Callable[[str], bool]:
-    """Whether the stage trains the parameter of this name; a layer kept as attention has nothing to learn."""
-    types = student.config.layer_types
-    mixers = tuple(f"model.layers.{i}.mixer." for i, kind in enumerate(types) if kind not in ATTENTION_TYPES)
+    """Whether the stage trains the parameter of this name; a layer kept as attention has nothing to learn.
 
-    def trained(name: str) -> bool:
-        own = stage.trains == "mixers" or (is_new(name) and not (stage.trains == "features" and "decay" in name))
-        return name.startswith(mixers) and own
-
-    return trained
+    Raises:
+        RnnzooError: it would train nothing.
+    """
+    chosen = {"new", "mixers"} if stage.trains == "mixers" else {"new"}
+    names = {name for name, part in parts_of(student).items() if part in chosen}
+    if stage.trains == "features":
+        names -= decay_names(student)
+    kind = next((kind for kind in student.config.layer_types if kind not in ATTENTION_TYPES), None)
+    if kind and not names:
+        raise RnnzooError(
+            f"nothing in a '{kind}' layer is new for `trains: {stage.trains}` to train; give the stage trains: mixers."
+        )
+    return names.__contains__
 
 
 class AlignLayers(StageTrainer):

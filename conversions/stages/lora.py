@@ -11,7 +11,7 @@ from torch import nn
 
 from ...kernels.errors import RnnzooError
 from ...zoo.core.registry import ATTENTION_TYPES
-from .training import part_of
+from .parameters import parts_of
 
 if TYPE_CHECKING:
     from ..recipes.stages import EndToEnd
@@ -31,8 +31,8 @@ def trainable(student: Any, stage: EndToEnd, seed: int) -> Iterator[Callable[[st
     """
     if stage.trains != "lora":
         kept = ("rest", "attention") if stage.trains == "converted" else ("rest",)
-        types = student.config.layer_types
-        yield lambda name: stage.trains == "all" or part_of(name, types) not in kept
+        parts = parts_of(student)
+        yield lambda name: stage.trains == "all" or parts[name] not in kept
         return
     check_lora(stage, student)
     from peft import LoraConfig, LoraModel

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import math
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ...zoo.core.registry import ATTENTION_TYPES
 from ..files import replace_text
 from ..precision import mixed_precision
 from ..processes import Processes, rows_per_step
 from ..sharding import is_sharded, shard_frozen, units
+from .parameters import parts_of
 from .schedules import rate_factor
 from .window_dropout import kept_share, reduced_windows
 
@@ -39,9 +38,7 @@ __all__ = [
     "StageRules",
     "StageTrainer",
     "cut_metrics",
-    "is_new",
     "newest_checkpoint",
-    "part_of",
     "read_metrics",
     "run_trainer",
     "stage_arguments",
@@ -64,10 +61,10 @@ class StageRules:
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups: dict[float, list[nn.Parameter]] = {}
+            parts = parts_of(self.model)
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    rate = self.stage.rate(part_of(name, self.model.config.layer_types))
-                    groups.setdefault(rate, []).append(parameter)
+                    groups.setdefault(self.stage.rate(parts[name]), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
                 [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
                 betas=(self.stage.beta1, self.stage.beta2),
@@ -151,22 +148,6 @@ class StageTrainer(StageRules, Trainer):
             direct = model is self.model and not self.is_fsdp_enabled
             loss = self.loss(model, *rows) if direct else model(rows=rows)
         return (loss, None) if return_outputs else loss
-
-
-def is_new(name: str) -> bool:
-    """Is the parameter the student's own, not one that came from the teacher?"""
-    old = (".proj.", "in_proj", "out_proj", "b_norm", "c_norm")
-    return ".mixer." in name and not any(part in name for part in old)
-
-
-def part_of(name: str, layer_types: list[str]) -> str:
-    """Whose learning rate a parameter has: "new", "mixers", kept "attention", or "rest"; see `TrainedStage.rate`."""
-    layer = re.search(r"layers\.(\d+)\.mixer\.", name)
-    if layer is None:
-        return "rest"
-    if layer_types[int(layer[1])] in ATTENTION_TYPES:
-        return "attention"
-    return "new" if is_new(name) and ".lora_" not in name else "mixers"
 
 
 class Together(TrainerCallback):

@@ -16,7 +16,6 @@ from torch import nn
 from rnnzoo.cli.list_command import WIDTH, facts, published_sizes
 from rnnzoo.cli.quantities import format_bytes, format_count
 from rnnzoo.zoo.core.configuration import RecurrentConfig
-from rnnzoo.zoo.core.mixer import Mixer
 from rnnzoo.zoo.core.model import RecurrentBlock
 from rnnzoo.zoo.core.registry import architectures, mixer_class
 from rnnzoo.zoo.core.sizes import architecture_config, causal_lm_class
@@ -275,5 +274,5 @@ def _mlp_owner(name: str) -> str:
 
 def from_attention() -> str:
     """The architectures that a conversion can start from attention, as links."""
-    able = [name for name in architectures() if mixer_class(name).init_from_attention is not Mixer.init_from_attention]
+    able = [name for name in architectures() if mixer_class(name).starts_from_attention()]
     return ", ".join(f"[{name}](zoo/{name}.md)" for name in able) + "\n"

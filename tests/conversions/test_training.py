@@ -13,9 +13,10 @@ from rnnzoo.conversions.data import PackedTokens, TextHashes
 from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.recipes.stages import KINDS, Train
 from rnnzoo.conversions.stages import training
-from rnnzoo.conversions.stages.align import AlignLayers
+from rnnzoo.conversions.stages.align import AlignLayers, aligned_parameters
+from rnnzoo.conversions.stages.parameters import parts_of
 from rnnzoo.conversions.stages.train import TrainEndToEnd, next_tokens
-from rnnzoo.conversions.stages.training import is_new, train_stage
+from rnnzoo.conversions.stages.training import train_stage
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 
@@ -59,6 +60,7 @@ def trainer_of(cls, student, twin, folder, **stage):
 def train(student, twin, folder, data=None, *, per_step: int = 2, kind: str = "train", callback=None, **stage):
     trains_all = stage.get("trains") == "all"
     stage = KINDS[kind]("test", **({"share": 1.0, "lr": 1e-3, "new_lr": 1e-2} | stage))
+    align = aligned_parameters(stage, student) if kind == "align" else None
     return train_stage(
         AlignLayers if kind == "align" else TrainEndToEnd,
         student,
@@ -66,7 +68,7 @@ def train(student, twin, folder, data=None, *, per_step: int = 2, kind: str = "t
         stage,
         some_rows() if data is None else data,
         folder,
-        trains=is_new if kind == "align" else lambda name: trains_all or ".mixer." in name,
+        trains=align or (lambda name: trains_all or ".mixer." in name),
         batch_tokens=per_step * LENGTH,
         bf16=False,
         seed=0,
@@ -186,7 +188,7 @@ def test_alignment_measures_the_relative_error_of_each_mixer(teacher, twin, tmp_
         ("hedgehog", "train", "all", lambda name: True),
         ("supra", "train", "all", lambda name: True),
         ("mamba2", "train", "mixers", lambda name: ".mixer." in name),
-        ("hedgehog", "align", "mixers", lambda name: "layers.1.mixer." in name and is_new(name)),
+        ("hedgehog", "align", "mixers", lambda name: "layers.1.mixer." in name and ".proj." not in name),
     ],
 )
 def test_only_what_the_stage_trains_changes(teacher, twin, tmp_path, mixer, kind, trains, expected):
@@ -201,8 +203,8 @@ def test_only_what_the_stage_trains_changes(teacher, twin, tmp_path, mixer, kind
 
 @pytest.mark.parametrize("mixer", ["hedgehog", "supra", "mamba2"])
 def test_parameters_from_the_teacher_are_told_from_new_ones(teacher, mixer):
-    names = [name for name, _ in student_of(teacher, mixer).named_parameters()]
-    new = {name.rsplit("mixer.")[1] for name in names if is_new(name)}
+    parts = parts_of(student_of(teacher, mixer))
+    new = {name.rsplit("mixer.")[1] for name, part in parts.items() if part == "new"}
     assert (
         new
         == {

@@ -160,6 +160,8 @@ class Mixer(SelfInitialised):
         columns: arguments of the model, (B, T) bool, that it makes use of besides the tokens ("prefix_mask").
         complexity: of a forward pass in the number of tokens T, of the layer's memory while decoding after a slash.
         branches: the parts whose sum the output is, where there are several, such as ("window", "linear").
+        decay_parameters: names, or how they begin, of parameters that decide how fast the state forgets and nothing
+            else of weight.
     """
 
     layer_type: str = ""
@@ -168,6 +170,7 @@ class Mixer(SelfInitialised):
     columns: tuple[str, ...] = ()
     complexity: str = "T / 1"
     branches: tuple[str, ...] = ()
+    decay_parameters: tuple[str, ...] = ()
 
     def __init__(self, config: RecurrentConfig, layer_idx: int):
         super().__init__()
@@ -202,10 +205,49 @@ class Mixer(SelfInitialised):
     def init_from_attention(self, weights: AttentionWeights) -> None:
         """Starts this mixer from a teacher's attention layer.
 
+        What it takes from the teacher it copies, repeats or scales: `filled_from_attention` finds it by that.
+
         Raises:
             RnnzooError: this mixer has no such start, or the sizes do not fit.
         """
         raise RnnzooError(f"A '{self.layer_type}' layer cannot be started from an attention layer.")
+
+    @classmethod
+    def starts_from_attention(cls) -> bool:
+        """Whether it has an `init_from_attention`."""
+        return cls.init_from_attention is not Mixer.init_from_attention
+
+    @classmethod
+    def filled_from_attention(cls, config: RecurrentConfig, layer_idx: int) -> frozenset[str]:
+        """Names of the parameters into which `init_from_attention` puts values of the teacher; the others are new.
+
+        A matrix of which some rows are the teacher's is among them; a bias that is zero because the teacher has none is
+        new. Class and configuration decide it, so it holds for a layer that comes from a file as well.
+        """
+        heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        hidden, nan = config.hidden_size, torch.full((), torch.nan)
+        rows = {"q": heads * width, "k": kv_heads * width, "v": kv_heads * width}
+        teacher: dict[str, Any] = {name: nan.expand(size, hidden) for name, size in rows.items()}
+        teacher["o"] = nan.expand(hidden, heads * width)
+        if config.attention_bias:
+            teacher |= {f"{name}_bias": nan.expand(size) for name, size in rows.items()}
+        if config.attention_output_bias:
+            teacher["o_bias"] = nan.expand(hidden)
+        if config.qk_norm:
+            teacher |= {"q_norm": nan.expand(width), "k_norm": nan.expand(width)}
+        with torch.device("meta"):
+            mixer = cls(config, layer_idx).to(torch.bfloat16)
+        mixer.to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in [*mixer.parameters(), *mixer.buffers()]:
+                tensor.zero_()
+            try:
+                mixer.init_from_attention(
+                    AttentionWeights(**teacher, num_heads=heads, num_kv_heads=kv_heads, head_dim=width)
+                )
+            except RnnzooError:  # no teacher has such a layer
+                return frozenset()
+        return frozenset(name for name, parameter in mixer.named_parameters() if bool(parameter.isnan().any()))
 
     def set_decay(self, log_decay: Tensor) -> None:
         """Starts every head with the decay of log_decay (H,) < 0, natural log per step and teacher's query head.
@@ -217,6 +259,11 @@ class Mixer(SelfInitialised):
             RnnzooError: this mixer has no such decay.
         """
         raise RnnzooError(f"A '{self.layer_type}' layer has no decay to set.")
+
+    @classmethod
+    def has_decay(cls) -> bool:
+        """Whether it has a `set_decay`."""
+        return cls.set_decay is not Mixer.set_decay
 
     def mixing_matrix(self, hidden: Tensor, ctx: Context) -> Tensor:
         """The matrix M of the sequence hidden (B, T, D), seen from its first token: (B, H, T, T), gradients included.

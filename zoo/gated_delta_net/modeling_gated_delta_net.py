@@ -45,6 +45,7 @@ class GatedDeltaNetMixer(DeltaMixer):
     """The equations at the head of this file."""
 
     paper = "Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464"
+    decay_parameters = ("A_log", "dt_bias", "a_proj")
 
     def __init__(self, config: GatedDeltaNetConfig, layer_idx: int):
         sizes, limit = DeltaSizes.of(config, "gdn"), 2.0 if config.gdn_negative_eigenvalues else 1.0

@@ -53,6 +53,7 @@ class GateLoopMixer(Mixer):
 
     kernel = "linear_scan"
     paper = "Katsch 2023, arXiv 2311.01927"
+    decay_parameters = ("a_proj",)
 
     def __init__(self, config: GateLoopConfig, layer_idx: int):
         super().__init__(config, layer_idx)

@@ -36,6 +36,7 @@ class GLAMixer(LinearMixer):
     """The equations at the head of this file."""
 
     paper = "Yang et al. 2023, arXiv 2312.06635"
+    decay_parameters = ("forget_down", "forget_up")
 
     def __init__(self, config: GLAConfig, layer_idx: int):
         super().__init__(config, layer_idx, key_width=config.gla_key_width)

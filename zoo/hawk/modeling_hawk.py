@@ -95,6 +95,7 @@ class HawkMixer(Mixer):
 
     kernel = "linear_scan"
     paper = "De et al. 2024, arXiv 2402.19427"
+    decay_parameters = ("rg_lru.recurrent_",)
 
     def __init__(self, config: HawkConfig, layer_idx: int):
         super().__init__(config, layer_idx)

@@ -52,6 +52,7 @@ class HedgehogMixer(FeatureMaps):
     kernel = "gated_linear_attention"
     paper = "Zhang et al. 2024, arXiv 2402.04347"
     branches = ("window", "linear")
+    decay_parameters = ("log_decay",)
 
     def __init__(self, config: HedgehogConfig, layer_idx: int):
         super().__init__(config, layer_idx)

@@ -42,6 +42,7 @@ class KDAMixer(DeltaMixer):
     """The equations at the head of this file."""
 
     paper = "Kimi Team 2025, arXiv 2510.26692"
+    decay_parameters = ("A_log", "dt_bias", "f_a_proj", "f_b_proj")
 
     def __init__(self, config: KDAConfig, layer_idx: int):
         sizes, limit = DeltaSizes.of(config, "kda"), 2.0 if config.kda_negative_eigenvalues else 1.0

@@ -62,6 +62,7 @@ class MambaMixer(Mixer):
 
     kernel = "selective_scan"
     paper = "Gu and Dao 2023, arXiv 2312.00752"
+    decay_parameters = ("A_log",)
 
     def __init__(self, config: MambaConfig, layer_idx: int):
         super().__init__(config, layer_idx)

@@ -68,6 +68,7 @@ class Mamba2Mixer(Mixer):
 
     kernel = "gated_linear_attention"
     paper = "Dao and Gu 2024, arXiv 2405.21060"
+    decay_parameters = ("A_log",)
 
     def __init__(self, config: Mamba2Config, layer_idx: int):
         super().__init__(config, layer_idx)

@@ -53,6 +53,7 @@ class PhiMambaMixer(Mixer):
 
     kernel = "gated_linear_attention"
     paper = "Bick et al. 2024, arXiv 2408.10189"
+    decay_parameters = ("decay.",)
 
     def __init__(self, config: PhiMambaConfig, layer_idx: int):
         super().__init__(config, layer_idx)

@@ -61,6 +61,7 @@ class RWKV6Mixer(HeadedMixer):
 
     kernel = "gated_linear_attention"
     paper = "Peng et al. 2024, arXiv 2404.05892"
+    decay_parameters = ("decay.",)
 
     def __init__(self, config: RWKV6Config, layer_idx: int):
         super().__init__(config, layer_idx, config.rwkv6_key_width)

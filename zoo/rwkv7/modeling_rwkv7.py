@@ -53,6 +53,7 @@ class RWKV7Mixer(HeadedMixer):
 
     kernel = "delta_rule"
     paper = "Peng et al. 2025, arXiv 2503.14456"
+    decay_parameters = ("decay.",)
 
     def __init__(self, config: RWKV7Config, layer_idx: int):
         super().__init__(config, layer_idx)

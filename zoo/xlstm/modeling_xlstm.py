@@ -52,6 +52,7 @@ class xLSTMMixer(Mixer):
 
     kernel = "gated_linear_attention"
     paper = "Beck et al. 2024, arXiv 2405.04517"
+    decay_parameters = ("f_proj",)
 
     def __init__(self, config: xLSTMConfig, layer_idx: int):
         super().__init__(config, layer_idx)

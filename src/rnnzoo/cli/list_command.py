@@ -51,7 +51,6 @@ def facts(architecture: str) -> dict[str, Any]:
     import torch
 
     from ..zoo.core.importing import formats, importable
-    from ..zoo.core.mixer import Mixer
     from ..zoo.core.registry import mixer_class
     from ..zoo.core.sizes import architecture_config, causal_lm_class, state_bytes
 
@@ -64,7 +63,7 @@ def facts(architecture: str) -> dict[str, Any]:
         "kernel": mixer.kernel,
         "complexity": mixer.complexity,
         "state_bytes": state_bytes(config, torch.bfloat16),
-        "from_attention": mixer.init_from_attention is not Mixer.init_from_attention,
+        "from_attention": mixer.starts_from_attention(),
         "imports": list(formats(architecture)) if architecture in importable() else [],
     }
 

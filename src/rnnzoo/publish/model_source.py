@@ -13,8 +13,9 @@ __all__ = ["first_paragraph", "for_running", "with_short_docstrings"]
 
 # Methods that start a model from a teacher or run single layers, and what `rnnzoo list` shows of an architecture.
 METHODS = {"init_from_attention", "mixing_matrix", "only", "set_decay", "student_fields"}
+METHODS |= {"starts_from_attention", "filled_from_attention", "has_decay"}
 METHODS |= {"AttentionProjections.load", "RecurrentModel.make_context"}
-ATTRIBUTES = {"sizes", "kernel", "complexity", "branches"}
+ATTRIBUTES = {"sizes", "kernel", "complexity", "branches", "decay_parameters"}
 
 
 def for_running(text: str) -> str:

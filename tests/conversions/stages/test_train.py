@@ -10,8 +10,9 @@ from rnnzoo.conversions.stages import cached_teacher
 from rnnzoo.conversions.stages.cached_teacher import CachedRows, repeated, write_shards
 from rnnzoo.conversions.stages.lora import check_lora, lora_targets, trainable
 from rnnzoo.conversions.stages.other_teacher import check_other_teacher, check_same_tokenizer
+from rnnzoo.conversions.stages.parameters import parts_of
 from rnnzoo.conversions.stages.train import TrainEndToEnd
-from rnnzoo.conversions.stages.training import TrainingArguments, part_of
+from rnnzoo.conversions.stages.training import TrainingArguments
 from rnnzoo.conversions.student import attention_twin
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
@@ -223,7 +224,15 @@ def test_rates_that_are_not_given_are_lr():
         "attention": 1e-3,
         "new": 1e-2,
     }
-    assert part_of("model.layers.1.mixer.gate.lora_A.default.weight", ["full_attention", "supra"]) == "mixers"
+
+
+def test_adapters_have_the_rate_of_the_mixers(teacher):
+    student, stage = student_of(teacher), stage_of(trains="lora")
+    with trainable(student, stage, 0) as trains:
+        parts = parts_of(student)
+        assert {parts[name] for name in parts if trains(name)} == {"mixers"}
+        assert parts["model.layers.1.mixer.proj.q_proj.base_layer.weight"] == "mixers"
+        assert parts["model.layers.1.mixer.key_map"] == "new"
 
 
 # Another teacher -----------------------------------------------------------------------------------------------------
