@@ -14,14 +14,18 @@ The module is imported when the backend is first chosen, so a missing compiler o
 Its function takes the operation's arguments by keyword, without `backend` and with every default filled in.
 
 Who decides, first match wins: the argument `backend=`, `with use_backend("reference"):`, the environment variable
-RNNZOO_BACKEND, the highest priority among the backends that are available and support the call. A name chosen by the
-context or the environment that an operation does not have is an error, as is one that cannot do the call.
+RNNZOO_BACKEND, the highest priority among the backends that are available and support the call. `backend=` is strict: a
+backend that the operation does not have, or that cannot do the call, is an error. The other two hold for the whole
+process and every operation, so they are preferences: where such a backend cannot serve, the automatic choice does, and
+the log says so once. A name that no operation has is an error in any case.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +49,13 @@ __all__ = [
 logger = logging.getLogger("rnnzoo.kernels")
 
 ENVIRONMENT_VARIABLE = "RNNZOO_BACKEND"
+# What may be preferred before any operation was imported; whatever else is registered is known from then on.
+NAMES = ("triton", "cpu", "chunked", "reference")
 # A plain global, not a context variable: torch.compile can read it and recompiles when it changes.
 _chosen: str | None = None
+# The blocks of `use_backend` that are open, in any thread: the last to be entered decides.
+_blocks: list[list[str | None]] = []
+_entering = threading.Lock()
 
 
 def _always(**call: Any) -> None:
@@ -107,81 +116,119 @@ def register(
     table = _REGISTRY.setdefault(operation, {})
     table[backend] = Backend(operation, backend, importer, priority, supports, available)
     _REGISTRY[operation] = dict(sorted(table.items(), key=lambda item: -item[1].priority))
+    _ALIKE.clear()
 
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the block every operation, in all threads, runs on backend `name` (None: back to the automatic choice)."""
+    """Within the block every operation, in all threads, runs on backend `name` where it can; None: on any.
+
+    Raises:
+        RnnzooError: no operation has a backend of this name.
+    """
     global _chosen
-    if name is not None and all(name not in table for table in _REGISTRY.values()):
-        known = sorted({known for table in _REGISTRY.values() for known in table})
-        raise RnnzooError(f"use_backend({name!r}): no operation has this backend; known: {', '.join(known)}.")
-    before, _chosen = _chosen, name
+    _check_name(name, f"use_backend({name!r})")
+    block = [name]
+    with _entering:
+        _blocks.append(block)
+        _chosen = name
     try:
         yield
     finally:
-        _chosen = before
+        with _entering:
+            _blocks[:] = [other for other in _blocks if other is not block]
+            _chosen = _blocks[-1][0] if _blocks else None
 
 
 def chosen_backend() -> str | None:
-    """The backend that `use_backend` or the environment asks for; None: the choice is automatic."""
-    return _chosen if _chosen is not None else os.environ.get(ENVIRONMENT_VARIABLE) or None
+    """The backend that `use_backend` or the environment asks for; None: the choice is automatic.
+
+    Raises:
+        RnnzooError: the environment names a backend that no operation has.
+    """
+    if _chosen is not None:
+        return _chosen
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    _check_name(name, f"{ENVIRONMENT_VARIABLE}={name}")
+    return name
+
+
+def _check_name(name: str | None, where: str) -> None:
+    if name is not None and name not in NAMES and all(name not in table for table in _REGISTRY.values()):
+        known = sorted({*NAMES, *(known for table in _REGISTRY.values() for known in table)})
+        raise RnnzooError(f"{where}: no operation has the backend {name!r}; known are {', '.join(known)}.")
 
 
 def dispatch(operation: str, call: dict[str, Any], backend: str | None = None) -> Any:
     """Runs `operation` with the keyword arguments `call` on the backend that the rules above select.
 
-    Autocast is off inside: each operation says in which dtype it computes (states in float32), and keeps to it.
+    Autocast is off inside, on the devices of all tensors of the call: each operation says in which dtype it computes
+    (states in float32), and keeps to it.
     """
     function = select(operation, call, backend).load()
-    device = next((x.device.type for x in call.values() if isinstance(x, torch.Tensor)), "cpu")
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return function(**call)
-    return function(**call)
+    devices = {x.device.type for x in call.values() if isinstance(x, torch.Tensor)}
+    return _without_autocast([device for device in devices if torch.is_autocast_enabled(device)], function, call)
+
+
+def _without_autocast(devices: list[str], function: Callable[..., Any], call: dict[str, Any]) -> Any:
+    if not devices:
+        return function(**call)
+    with torch.autocast(devices[0], enabled=False):
+        return _without_autocast(devices[1:], function, call)
 
 
 def dispatch_alike(operation: str, call: dict[str, Any], alike: tuple[Any, ...], backend: str | None = None) -> Any:
     """`dispatch` for calls that are shorter than a choice: it is made once for all calls with the same `alike`.
 
     Args:
+        call: its first argument is a tensor, and all tensors are on one device.
         alike: hashable, everything that the backends' `supports` look at (dtypes, devices, contiguity); the state's
             device among it.
     """
-    name = backend if backend is not None else _chosen
-    if (name is None and ENVIRONMENT_VARIABLE in os.environ) or torch.is_autocast_enabled("cpu"):
+    device = next(iter(call.values())).device.type
+    if (_chosen is None and ENVIRONMENT_VARIABLE in os.environ) or torch.is_autocast_enabled(device):
         return dispatch(operation, call, backend)
-    function = _ALIKE.get((operation, name, alike))
+    key = (operation, backend, _chosen, alike)
+    function = _ALIKE.get(key)
     if function is None:
-        function = _ALIKE[operation, name, alike] = select(operation, call, name).load()
+        function = _ALIKE[key] = select(operation, call, backend).load()
     return function(**call)
 
 
 def select(operation: str, call: dict[str, Any], backend: str | None = None) -> Backend:
-    """The backend that `dispatch` would run; RnnzooError where none, or not the chosen one, can serve the call."""
+    """The backend that `dispatch` would run; RnnzooError where none, or not that of `backend=`, can serve the call."""
     table = _REGISTRY[operation]
-    name, origin = backend, "backend="
-    if name is None:
-        name, origin = chosen_backend(), ENVIRONMENT_VARIABLE if _chosen is None else "use_backend"
-    if name is not None:
-        if name not in table:
-            raise RnnzooError(
-                f"{origin} asks for backend {name!r}, which {operation} does not have; it has: {', '.join(table)}."
-            )
-        reason = table[name].available() or table[name].supports(**call)
+    if backend is not None:
+        if backend not in table:
+            known = ", ".join(table)
+            raise RnnzooError(f"backend= asks for {backend!r}, which {operation} does not have; it has {known}.")
+        reason = table[backend].available() or table[backend].supports(**call)
         if reason is not None:
-            raise RnnzooError(f"{origin} asks for backend {name!r}, which cannot run this {operation}: {reason}.")
-        return table[name]
+            raise RnnzooError(f"backend= asks for {backend!r}, which cannot run this {operation}: {reason}.")
+        return table[backend]
+    preferred = chosen_backend()
+    candidates = list(table.values())
     rejected = []
-    for candidate in table.values():
+    if preferred in table:
+        candidates.sort(key=lambda candidate: candidate.name != preferred)
+    elif preferred is not None:
+        rejected.append(f"{operation} has no backend {preferred}")
+    for candidate in candidates:
         reason = candidate.available() or candidate.supports(**call)
         if reason is None:
             if not torch.compiler.is_compiling():
                 because = "; ".join(rejected) or "first choice"
                 logger.debug("%s runs on %s (%s)", operation, candidate.name, because)
+                if preferred is not None and rejected:
+                    _say_fallback(operation, preferred, candidate.name, rejected[0])
             return candidate
         rejected.append(f"not {candidate.name}: {reason}")
     raise RnnzooError(f"no backend can run this {operation}: {'; '.join(rejected)}.")
+
+
+@functools.cache
+def _say_fallback(operation: str, preferred: str, served: str, reason: str) -> None:
+    logger.warning("%s was asked for, but %s runs on %s (%s)", preferred, operation, served, reason)
 
 
 def backends(operation: str | None = None) -> list[BackendStatus]:

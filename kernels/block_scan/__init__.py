@@ -44,6 +44,12 @@ def _chunked_step():
     return block_scan_step
 
 
+def _reference_step():
+    from .reference import block_scan_step
+
+    return block_scan_step
+
+
 def _cpu_supports(*, a, x, initial_state, seq_ids, mask) -> str | None:
     return native.supports("block_scan", {"a": a, "x": x, "initial_state": initial_state})
 
@@ -56,6 +62,7 @@ register("block_scan", "cpu", _cpu, priority=20, supports=_cpu_supports, availab
 register("block_scan", "chunked", _chunked, priority=10)
 register("block_scan", "reference", _reference, priority=0)
 register("block_scan_step", "chunked", _chunked_step, priority=10)
+register("block_scan_step", "reference", _reference_step, priority=0)
 
 
 def block_scan(

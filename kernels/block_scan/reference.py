@@ -26,3 +26,11 @@ def block_scan(
         outputs.append(torch.where(valid, after, 0.0))
         h = torch.where(valid, after, h)
     return torch.stack(outputs, dim=1).to(x.dtype), h
+
+
+@torch.no_grad()
+def block_scan_step(*, a: Tensor, x: Tensor, state: Tensor) -> Tensor:
+    """See `kernels.block_scan_step`."""
+    h, after = block_scan(a=a[:, None], x=x[:, None], initial_state=state, seq_ids=None, mask=None)
+    state.copy_(after)
+    return h[:, 0]

@@ -68,6 +68,12 @@ def _chunked_step():
     return delta_rule_step
 
 
+def _reference_step():
+    from .reference import delta_rule_step
+
+    return delta_rule_step
+
+
 def _floats(call: dict) -> dict[str, Tensor | None]:
     return {name: call[name] for name in ("q", "k", "v", "a", "b", "g", "initial_state")}
 
@@ -96,6 +102,7 @@ register("delta_rule", "chunked", _chunked, priority=10)
 register("delta_rule", "reference", _reference, priority=0)
 register("delta_rule_step", "cpu", _cpu_step, priority=20, supports=_cpu_step_supports, available=_cpu_available)
 register("delta_rule_step", "chunked", _chunked_step, priority=10)
+register("delta_rule_step", "reference", _reference_step, priority=0)
 
 
 def delta_rule(

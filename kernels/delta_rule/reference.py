@@ -49,3 +49,15 @@ def delta_rule(
         o_t = scale * torch.einsum("bhgk,bhkv->bhgv", q_t, after).flatten(1, 2)
         outputs.append(torch.where(valid[..., 0], o_t, 0.0))
     return torch.stack(outputs, dim=1).to(v.dtype), state
+
+
+@torch.no_grad()
+def delta_rule_step(
+    *, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, state: Tensor, scale: float
+) -> Tensor:
+    """See `kernels.delta_rule_step`."""
+    q, k, v, a, b = (x[:, None] for x in (q, k, v, a, b))
+    g = None if g is None else g[:, None]
+    o, after = delta_rule(q=q, k=k, v=v, a=a, b=b, g=g, scale=scale, initial_state=state, seq_ids=None, mask=None)
+    state.copy_(after)
+    return o[:, 0]

@@ -69,6 +69,12 @@ def _chunked_step():
     return gated_linear_attention_step
 
 
+def _reference_step():
+    from .reference import gated_linear_attention_step
+
+    return gated_linear_attention_step
+
+
 def _not_fused(q: Tensor, v: Tensor, window: Window | None) -> str | None:
     """Why no fused backend takes the call, whatever the device."""
     if window is not None:
@@ -123,6 +129,7 @@ register(
     available=_cpu_available,
 )
 register("gated_linear_attention_step", "chunked", _chunked_step, priority=10)
+register("gated_linear_attention_step", "reference", _reference_step, priority=0)
 
 
 def gated_linear_attention(

@@ -63,6 +63,26 @@ def gated_linear_attention(
     return o.to(output_dtype), s
 
 
+@torch.no_grad()
+def gated_linear_attention_step(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    bonus: Tensor | None,
+    scale: float,
+    normalize: bool,
+) -> Tensor:
+    """See `kernels.gated_linear_attention_step`."""
+    g = g if g is None or g.ndim == 1 else g[:, None]
+    options = {"bonus": bonus, "scale": scale, "normalize": normalize, "window": None, "seq_ids": None, "mask": None}
+    o, after = gated_linear_attention(q=q[:, None], k=k[:, None], v=v[:, None], g=g, initial_state=state, **options)
+    state.copy_(after)
+    return o[:, 0]
+
+
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator / denominator, and 0 with zero gradients where the denominator is 0."""
     empty = denominator == 0

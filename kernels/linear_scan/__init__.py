@@ -55,6 +55,12 @@ def _chunked_step():
     return linear_scan_step
 
 
+def _reference_step():
+    from .reference import linear_scan_step
+
+    return linear_scan_step
+
+
 def _cpu_supports(*, a, x, initial_state, seq_ids, mask) -> str | None:
     return native.supports("linear_scan", {"a": a, "x": x, "initial_state": initial_state})
 
@@ -80,6 +86,7 @@ register("linear_scan", "chunked", _chunked, priority=10)
 register("linear_scan", "reference", _reference, priority=0)
 register("linear_scan_step", "cpu", _cpu_step, priority=20, supports=_cpu_step_supports, available=_cpu_available)
 register("linear_scan_step", "chunked", _chunked_step, priority=10)
+register("linear_scan_step", "reference", _reference_step, priority=0)
 
 
 def linear_scan(

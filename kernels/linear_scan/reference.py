@@ -25,3 +25,11 @@ def linear_scan(
         outputs.append(torch.where(valid, after, 0.0))
         h = torch.where(valid, after, h)
     return torch.stack(outputs, dim=1).to(x.dtype), h
+
+
+@torch.no_grad()
+def linear_scan_step(*, a: Tensor, x: Tensor, state: Tensor) -> Tensor:
+    """See `kernels.linear_scan_step`."""
+    h, after = linear_scan(a=a[:, None], x=x[:, None], initial_state=state, seq_ids=None, mask=None)
+    state.copy_(after)
+    return h[:, 0]

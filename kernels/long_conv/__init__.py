@@ -47,9 +47,16 @@ def _chunked_step():
     return long_conv_step
 
 
+def _reference_step():
+    from .reference import long_conv_step
+
+    return long_conv_step
+
+
 register("long_conv", "chunked", _chunked, priority=10)
 register("long_conv", "reference", _reference, priority=0)
 register("long_conv_step", "chunked", _chunked_step, priority=10)
+register("long_conv_step", "reference", _reference_step, priority=0)
 
 
 def long_conv(

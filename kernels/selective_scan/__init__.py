@@ -56,6 +56,12 @@ def _chunked_step():
     return selective_scan_step
 
 
+def _reference_step():
+    from .reference import selective_scan_step
+
+    return selective_scan_step
+
+
 def _cpu_supports(*, seq_ids=None, mask=None, **tensors) -> str | None:
     return native.supports("selective_scan", tensors)
 
@@ -87,6 +93,7 @@ register("selective_scan", "chunked", _chunked, priority=10)
 register("selective_scan", "reference", _reference, priority=0)
 register("selective_scan_step", "cpu", _cpu_step, priority=20, supports=_cpu_step_supports, available=_cpu_available)
 register("selective_scan_step", "chunked", _chunked_step, priority=10)
+register("selective_scan_step", "reference", _reference_step, priority=0)
 
 
 def selective_scan(

@@ -38,3 +38,14 @@ def selective_scan(
         outputs.append((after * c_t[:, None]).sum(2) + d * x_t)  # zero at a masked step: C and x are
         h = torch.where(valid[:, None, None], after, h)
     return torch.stack(outputs, dim=1).to(x.dtype), h
+
+
+@torch.no_grad()
+def selective_scan_step(
+    *, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, state: Tensor
+) -> Tensor:
+    """See `kernels.selective_scan_step`."""
+    x, dt, b, c = (values[:, None] for values in (x, dt, b, c))
+    y, after = selective_scan(x=x, dt=dt, a=a, b=b, c=c, d=d, initial_state=state, seq_ids=None, mask=None)
+    state.copy_(after)
+    return y[:, 0]

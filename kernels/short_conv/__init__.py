@@ -54,6 +54,12 @@ def _chunked_step():
     return short_conv_step
 
 
+def _reference_step():
+    from .reference import short_conv_step
+
+    return short_conv_step
+
+
 def _cpu_supports(*, x, weight, bias, initial_state, activation, seq_ids, mask) -> str | None:
     if weight.shape[1] > 16:
         return f"weight has {weight.shape[1]} taps, more than 16"
@@ -85,6 +91,7 @@ register("short_conv", "chunked", _chunked, priority=10)
 register("short_conv", "reference", _reference, priority=0)
 register("short_conv_step", "cpu", _cpu_step, priority=20, supports=_cpu_step_supports, available=_cpu_available)
 register("short_conv_step", "chunked", _chunked_step, priority=10)
+register("short_conv_step", "reference", _reference_step, priority=0)
 
 
 def short_conv(

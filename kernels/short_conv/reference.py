@@ -37,3 +37,12 @@ def short_conv(
         outputs.append(torch.where(valid[:, None], y, 0.0))
         state = torch.where(valid[:, None, None], taps[..., 1:], state)
     return torch.stack(outputs, dim=1), state
+
+
+@torch.no_grad()
+def short_conv_step(*, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None) -> Tensor:
+    """See `kernels.short_conv.short_conv_step`."""
+    options = {"activation": activation, "initial_state": state, "seq_ids": None, "mask": None}
+    y, after = short_conv(x=x[:, None], weight=weight, bias=bias, **options)
+    state.copy_(after)
+    return y[:, 0]

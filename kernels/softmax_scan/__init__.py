@@ -65,6 +65,12 @@ def _chunked_step():
     return softmax_scan_step
 
 
+def _reference_step():
+    from .reference import softmax_scan_step
+
+    return softmax_scan_step
+
+
 def _tensors(*, k, v, decay, bonus, initial_state, seq_ids, mask) -> dict[str, Tensor | None]:
     named = {"k": k, "v": v, "decay": decay, "bonus": bonus}
     return named if initial_state is None else named | dict(zip(SoftmaxState._fields, initial_state, strict=True))
@@ -96,6 +102,7 @@ register("softmax_scan", "chunked", _chunked, priority=10)
 register("softmax_scan", "reference", _reference, priority=0)
 register("softmax_scan_step", "cpu", _cpu_step, priority=20, supports=_cpu_step_supports, available=_cpu_available)
 register("softmax_scan_step", "chunked", _chunked_step, priority=10)
+register("softmax_scan_step", "reference", _reference_step, priority=0)
 
 
 def softmax_scan(

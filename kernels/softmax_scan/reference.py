@@ -45,3 +45,16 @@ def add(state: SoftmaxState, decay: Tensor, score: Tensor, value: Tensor) -> Sof
     maximum = torch.where(score > decayed, score, decayed)
     old, new = ((x - exponent_of(maximum)).exp() for x in (decayed, score))
     return SoftmaxState(maximum, old * state.numerator + new * value, old * state.denominator + new)
+
+
+@torch.no_grad()
+def softmax_scan_step(
+    *, k: Tensor, v: Tensor, state: SoftmaxState, decay: Tensor | None, bonus: Tensor | None
+) -> Tensor:
+    """See `kernels.softmax_scan_step`."""
+    out, after = softmax_scan(
+        k=k[:, None], v=v[:, None], decay=decay, bonus=bonus, initial_state=state, seq_ids=None, mask=None
+    )
+    for old, new in zip(state, after, strict=True):
+        old.copy_(new)
+    return out[:, 0]

@@ -8,6 +8,8 @@ B batch, H query heads, Hk key/value heads, F feature width, D key width, V valu
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,12 @@ def _chunked():
     from .chunked import window_step
 
     return window_step
+
+
+def _reference():
+    from .chunked import window_step
+
+    return partial(window_step, backend="reference")
 
 
 def _cpu_keys():
@@ -70,8 +78,10 @@ def _cpu_available() -> str | None:
 
 register("window_step", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
 register("window_step", "chunked", _chunked, priority=10)
+register("window_step", "reference", _reference, priority=0)
 register("leaving_keys", "cpu", _cpu_keys, priority=20, supports=_cpu_keys_supports, available=_cpu_available)
 register("leaving_keys", "chunked", _chunked_keys, priority=10)
+register("leaving_keys", "reference", _chunked_keys, priority=0)
 
 
 def window_step(

@@ -1,4 +1,7 @@
-"""`window_step` by `gated_linear_attention` on unpacked rings, in plain torch; runs in float64 and on any device."""
+"""`window_step` by `gated_linear_attention` on unpacked rings, in plain torch; runs in float64 and on any device.
+
+It is the backends "chunked" and "reference" at once: which of the two runs is `gated_linear_attention`'s.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ def window_step(
     sinks: int,
     anchor: str,
     scale: float,
+    backend: str = "chunked",
 ) -> Tensor:
     """See `kernels.window_step`."""
     dtype = state.s.dtype
@@ -35,8 +39,9 @@ def window_step(
     features = q.new_zeros(*new_k.shape[:3], q.shape[-1])  # of the new token: they count when it leaves the window
     rings = (_read(ring, dtype) for ring in (state.ring_k, state.ring_v, state.sink_k, state.sink_v))
     window = Window(near, new_k, lengths, sinks, far, factor=factor, anchor=anchor, ring_features=leaving)
+    before = WindowState(state.s, *rings, state.count)
     o, after = gated_linear_attention(
-        q, features, new_v, g, scale=scale, window=window, initial_state=WindowState(state.s, *rings, state.count)
+        q, features, new_v, g, scale=scale, window=window, initial_state=before, backend=backend
     )
     rows = torch.arange(len(state.count), device=state.count.device)[:, None]
     slots = ring_slots(state.count, lengths)

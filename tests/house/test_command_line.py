@@ -214,14 +214,26 @@ def test_env_kernels_compiles_and_tells_what_runs(capsys):
     assert words.count("reference: available") >= 7 and "triton" in words
 
 
+def test_env_says_in_a_line_for_each_operation_what_runs_here(capsys):
+    assert call("env") == 0
+    words = capsys.readouterr().out
+    lines = [line.split() for line in words.splitlines()]
+    assert ["long_conv", "chunked"] in lines and sum(line[:1] == ["delta_rule"] for line in lines) == 1
+    assert "reference" not in words  # what does not run is for --kernels
+
+
 def test_env_kernels_says_what_the_environment_chose(capsys, monkeypatch):
     monkeypatch.setenv("RNNZOO_BACKEND", "chunked")
     assert call("env", "--kernels") == 0
     words = capsys.readouterr().out
     assert words.count("chunked: chosen by RNNZOO_BACKEND") >= 7 and "first choice" not in words
-    monkeypatch.setenv("RNNZOO_BACKEND", "fast")
+    monkeypatch.setenv("RNNZOO_BACKEND", "cpu")
     assert call("env", "--kernels") == 0
-    assert "RNNZOO_BACKEND asks for 'fast', which cannot run here: calls will be refused" in capsys.readouterr().out
+    assert "RNNZOO_BACKEND asks for 'cpu', which cannot run here: chunked serves instead" in capsys.readouterr().out
+    monkeypatch.setenv("RNNZOO_BACKEND", "fast")
+    for options in ([], ["--kernels"]):
+        assert call("env", *options) == 0
+        assert "RNNZOO_BACKEND=fast: no operation has the backend 'fast'; known are" in capsys.readouterr().out
 
 
 def test_quantities_read_and_write_units():

@@ -12,13 +12,14 @@ from rnnzoo.kernels.errors import ShapeError
 BACKENDS = [status.backend for status in backends("block_scan") if status.reason is None]
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_steps_equal_the_scan_and_change_the_state_in_place(dtype):
+def test_steps_equal_the_scan_and_change_the_state_in_place(dtype, backend):
     torch.manual_seed(0)
     a, x = 0.4 * torch.randn(3, 7, 2, 5, 5, dtype=dtype), torch.randn(3, 7, 2, 5, dtype=dtype)
     state = torch.randn(3, 2, 5)
     expected, last = block_scan(a, x, initial_state=state, backend="reference")
-    found = torch.stack([block_scan_step(a[:, t], x[:, t], state) for t in range(7)], dim=1)
+    found = torch.stack([block_scan_step(a[:, t], x[:, t], state, backend=backend) for t in range(7)], dim=1)
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(state, last)

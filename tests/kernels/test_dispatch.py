@@ -6,9 +6,10 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rnnzoo.kernels import dispatch as module
-from rnnzoo.kernels.dispatch import backends, dispatch, explain, register, use_backend
+from rnnzoo.kernels.dispatch import backends, dispatch, dispatch_alike, explain, register, use_backend
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.kernels.gated_linear_attention import gated_linear_attention
 
@@ -44,6 +45,48 @@ def test_argument_beats_context_beats_environment(monkeypatch):
             assert dispatch("double", {"x": 2})[0] == "slow"
         assert dispatch("double", {"x": 2})[0] == "even"
     assert dispatch("double", {"x": 2})[0] == "slow"
+
+
+def test_what_is_asked_for_the_whole_process_is_a_preference_and_what_serves_instead_is_said_once(caplog, monkeypatch):
+    module._say_fallback.cache_clear()
+    monkeypatch.setenv("RNNZOO_BACKEND", "gone")
+    with caplog.at_level(logging.WARNING, logger="rnnzoo.kernels"):
+        assert [dispatch("double", {"x": x})[0] for x in (2, 2, 4)] == ["even"] * 3
+        with use_backend("even"):
+            assert [dispatch("double", {"x": x})[0] for x in (2, 3, 3)] == ["even", "slow", "slow"]
+        with use_backend("triton"):
+            assert dispatch("double", {"x": 2})[0] == "even"
+    assert [record.message for record in caplog.records] == [
+        "gone was asked for, but double runs on even (not gone: no compiler found)",
+        "even was asked for, but double runs on slow (not even: x is odd)",
+        "triton was asked for, but double runs on even (double has no backend triton)",
+    ]
+
+
+def test_blocks_of_two_threads_that_overlap_leave_no_choice_behind():
+    first, second = use_backend("slow"), use_backend("even")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert module.chosen_backend() == "even"
+    second.__exit__(None, None, None)
+    assert module.chosen_backend() is None
+
+
+def test_autocast_is_off_inside_for_every_device_of_the_call():
+    register(
+        "devices", "all", lambda: lambda **call: tuple(map(torch.is_autocast_enabled, ("cpu", "cuda"))), priority=0
+    )
+    with FakeTensorMode():
+        call = {"x": torch.empty(1), "y": torch.empty(1, device="cuda")}
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with torch.autocast("cpu"):
+            assert dispatch("devices", call) == (False, False)
+            assert dispatch("devices", {"x": call["x"]}) == (False, True)
+            assert dispatch_alike("devices", {"y": call["y"]}, ()) == (True, False)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 def test_use_backend_is_undone_after_an_error():

@@ -351,7 +351,7 @@ def test_gradients_reach_bfloat16_queries_beside_float32_decays(backend):
     flavour=st.sampled_from(["plain", "bonus", "normalize"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+@pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
 def test_steps_in_place_are_the_recurrence(backend, seed, batch, kv_heads, group, widths, decay, flavour, dtype):
     skip_if_unavailable(backend)
     width, value_width = widths

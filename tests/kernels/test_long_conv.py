@@ -16,11 +16,12 @@ from .recurrences import Shape, cast, inputs_of
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_steps_equal_the_whole_and_change_the_state_in_place(variant, dtype):
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_steps_equal_the_whole_and_change_the_state_in_place(variant, dtype, backend):
     inputs = cast(RECURRENCES[0], inputs_of(RECURRENCES[0], Shape(3, 7, 1, 9), variant, 0), dtype)
     expected, last = long_conv(**inputs, backend="reference")
     u, state, d = inputs.pop("u"), inputs.pop("initial_state").clone(), inputs.pop("d", None)
-    found = torch.stack([long_conv_step(u[:, t], d=d, state=state, **inputs) for t in range(7)], dim=1)
+    found = torch.stack([long_conv_step(u[:, t], d=d, state=state, backend=backend, **inputs) for t in range(7)], dim=1)
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(state, last)

@@ -141,7 +141,7 @@ def test_more_taps_than_the_c_code_takes_run_elsewhere():
     torch.testing.assert_close(short_conv(x, weight)[0], short_conv(x, weight, backend="chunked")[0])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+@pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("channels", "taps"), [(24, 4), (300, 2), (5, 16), (600, 1)])
 def test_a_step_is_a_call_with_one_step_and_changes_the_state_in_place(backend, dtype, channels, taps):

@@ -37,10 +37,12 @@ VARIABLES = (
 
 
 @click.command("env")
-@click.option("--kernels", "only_kernels", is_flag=True, help="Compile all kernels now, and show only what came of it.")
+@click.option(
+    "--kernels", "only_kernels", is_flag=True, help="Compile all kernels now; show every backend, or why not."
+)
 @output_options
 def command(output: Output, only_kernels: bool) -> None:
-    """Show versions, compiler, devices, and why each kernel backend is (not) chosen."""
+    """Show versions, compiler, devices, and which kernels run here."""
     if only_kernels:
         from ..kernels.native import build_all
 
@@ -121,19 +123,51 @@ def _show(value: dict[str, Any], console: Console) -> None:
         row(name, setting)
     console.print(table)
     console.print()
-    _show_kernels(value["kernels"], console)
+    _show_serving(value["kernels"], console)
+
+
+def _asked() -> tuple[str | None, str | None]:
+    """The backend that RNNZOO_BACKEND asks for, and what is wrong with it: calls of kernels will say the same."""
+    from ..kernels.dispatch import chosen_backend
+    from ..kernels.errors import RnnzooError
+
+    try:
+        return chosen_backend(), None
+    except RnnzooError as error:
+        return None, str(error)
+
+
+def _serving(backends: list[dict[str, Any]], asked: str | None) -> str | None:
+    """The backend that serves an operation's usual calls here."""
+    available = [entry["backend"] for entry in backends if entry["available"]]
+    return asked if asked in available else next(iter(available), None)
+
+
+def _show_serving(kernels: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    asked, problem = _asked()
+    words = f"where it can serve, {asked} (RNNZOO_BACKEND)" if asked else "the fastest that is available"
+    console.print(Text(f"kernels: {problem or words}", style="bold"))
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for operation, backends in kernels.items():
+        table.add_row(Text(f"  {operation}"), Text(_serving(backends, asked) or "none"))
+    console.print(table)
 
 
 def _show_kernels(kernels: dict[str, Any], console: Console) -> None:
     from rich.text import Text
 
-    asked = os.environ.get("RNNZOO_BACKEND") or None
+    asked, problem = _asked()
     for operation, backends in kernels.items():
         console.print(Text(operation, style="bold"))
-        chosen = asked or next((entry["backend"] for entry in backends if entry["available"]), None)
-        words = "chosen by RNNZOO_BACKEND" if asked else "first choice"
+        serving = _serving(backends, asked)
         for entry in backends:
-            state = entry["reason"] or (words if entry["backend"] == chosen else "available")
+            words = "chosen by RNNZOO_BACKEND" if entry["backend"] == asked else "first choice"
+            state = entry["reason"] or (words if entry["backend"] == serving else "available")
             console.print(Text(f"  {entry['backend']}: {state}"))
-        if asked and asked not in (entry["backend"] for entry in backends if entry["available"]):
-            console.print(Text(f"  RNNZOO_BACKEND asks for {asked!r}, which cannot run here: calls will be refused"))
+        if asked and serving != asked:
+            console.print(Text(f"  RNNZOO_BACKEND asks for {asked!r}, which cannot run here: {serving} serves instead"))
+    if problem:
+        console.print(Text(problem))
