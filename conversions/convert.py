@@ -11,7 +11,6 @@ import torch
 from ..kernels.errors import RnnzooError
 from .energy import check_energy, measured_energy
 from .job import Job, Progress
-from .memory import keep_freed_memory
 from .offload import check_offload
 from .prepare import check_batches, prepare_recipe
 from .processes import Processes
@@ -77,7 +76,6 @@ def convert(
     if dtype not in ("bfloat16", "float32"):
         raise RnnzooError(f"dtype is {dtype!r}; expected bfloat16 or float32.")
     check_energy(energy)
-    keep_freed_memory()
     processes = Processes()
     main = processes.main
     own = {"student": student, "keep": keep, "state_budget": state_budget, "tokens": tokens, "seq_len": seq_len}

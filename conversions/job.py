@@ -99,6 +99,7 @@ class Job:
             sampled_length=min(self.recipe.seq_len, 1024),
             seed=self.seed,
             progress=lambda done, total: self.progress("sampled text", done, total, {}),
+            record=self.run.folder / "default_text.json",
         )
 
     @functools.cached_property

@@ -18,6 +18,8 @@ def keep_freed_memory() -> None:
 
     glibc maps every large block anew and the system then fills it page by page; measured in training on two cores, this
     took a sixth of the time, and much more on a virtual machine whose host is short of memory. No effect without glibc.
+
+    It holds for the whole process and cannot be taken back: for commands and scripts, which own theirs.
     """
     mallopt = _glibc("mallopt")
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""results.json of a conversion: what was asked for, what each stage did, what came out."""
+"""results.json of a conversion or a training: what was asked for, what was done, what came out."""
 
 from __future__ import annotations
 
@@ -14,22 +14,18 @@ from typing import Any
 import torch
 import yaml
 
-from ..zoo.core.sizes import causal_lm_class, layer_state_bytes, parameter_count, state_bytes
+from ..zoo.core.configuration import RecurrentConfig
+from ..zoo.core.sizes import causal_lm_class, layer_state_bytes, parameter_count, state_bytes, window_bytes
 from .energy import energy_record
 from .recipes import Recipe
 from .run import FINISHED, RANKING, Run, write_json
 from .teachers import TeacherRef
 
-__all__ = ["write_results"]
+__all__ = ["write_results", "write_training_results"]
 
 
 def write_results(run: Run, recipe: Recipe, teacher: TeacherRef, dtype: torch.dtype, seed: int) -> dict[str, Any]:
     """Writes everything but the evaluation; what results.json holds of that stays."""
-    path = run.out / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"schema": 1}
-    results.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
-    with contextlib.suppress(PackageNotFoundError):  # run from a source tree
-        results["rnnzoo_version"] = version("rnnzoo")
     config = causal_lm_class(recipe.student).config_class.from_pretrained(run.out)
     done = [stage for stage in run.stages if stage["name"] != FINISHED]
     shown = [{k: v for k, v in stage.items() if k not in ("student", "kept", "teacher_perplexity")} for stage in done]
@@ -41,15 +37,9 @@ def write_results(run: Run, recipe: Recipe, teacher: TeacherRef, dtype: torch.dt
         records[file.stem] = PackedTokens.load(file).record()
     for file in sorted((run.folder / "data").glob("*.json")):  # of examples, which a stage has of its own
         records[file.stem] = json.loads(file.read_text(encoding="utf-8"))
-    results["model"] = (results.get("model") or {}) | {
-        "name": run.out.resolve().name,
-        "architecture": recipe.student,
-        "model_type": config.model_type,
-        "parameters": parameter_count(config),
-        "dtype": str(dtype).removeprefix("torch."),
-        "layer_types": config.layer_types,
+    results = _of_model(run, config, recipe.student, dtype)
+    results["model"] |= {
         "state_bytes": state_bytes(config, dtype),
-        "layer_state_bytes": layer_state_bytes(config, dtype),
         "windows": getattr(config, "window_sizes", None),
         "feature_widths": getattr(config, "feature_widths", None),
         "window_bits": getattr(config, "ring_bits", None),
@@ -62,7 +52,7 @@ def write_results(run: Run, recipe: Recipe, teacher: TeacherRef, dtype: torch.dt
         "tokens": sum(stage["tokens"] for stage in training),
         "seed": seed,
         "seconds": sum(stage.get("seconds", 0) for stage in done),
-        "hardware": f"{torch.get_num_threads()} threads, {platform.machine()}",
+        "hardware": _hardware(),
         "stages": shown,
         "data": ((results.get("conversion") or {}).get("data") or {}) | records,
     }
@@ -73,8 +63,48 @@ def write_results(run: Run, recipe: Recipe, teacher: TeacherRef, dtype: torch.dt
         "ranking": json.loads(ranking.read_text(encoding="utf-8")) if ranking.exists() else None,
     }
     results["conversion"] |= {name: value for name, value in later.items() if value}
-    write_json(path, results)
+    write_json(run.out / "results.json", results)
     return results
+
+
+def write_training_results(
+    run: Run,
+    config: RecurrentConfig,
+    architecture: str,
+    dtype: torch.dtype,
+    report: dict[str, Any],
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """The same of a training from scratch. report: of its stage. about: what else its section says."""
+    results = _of_model(run, config, architecture, dtype)
+    results["model"] |= {"state_bytes": state_bytes(config, dtype) + window_bytes(config, dtype)}
+    done = {name: value for name, value in report.items() if name != "name"}
+    results["training"] = done | about | {"hardware": _hardware(), "energy": energy_record(run.folder)}
+    write_json(run.out / "results.json", results)
+    return results
+
+
+def _of_model(run: Run, config: RecurrentConfig, architecture: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The results that are there, with when they were made, by which version, and of which model."""
+    path = run.out / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"schema": 1}
+    results.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
+    with contextlib.suppress(PackageNotFoundError):  # run from a source tree
+        results["rnnzoo_version"] = version("rnnzoo")
+    results["model"] = (results.get("model") or {}) | {
+        "name": run.out.resolve().name,
+        "architecture": architecture,
+        "model_type": config.model_type,
+        "parameters": parameter_count(config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layer_types": config.layer_types,
+        "layer_state_bytes": layer_state_bytes(config, dtype),
+    }
+    return results
+
+
+def _hardware() -> str:
+    return f"{torch.get_num_threads()} threads, {platform.machine()}"
 
 
 def _without_folders(recipe: dict[str, Any]) -> dict[str, Any]:

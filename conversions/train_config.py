@@ -1,4 +1,4 @@
-"""The configuration of a model that is trained from scratch, from what a person says on the command line."""
+"""What a training from scratch is asked for: the configuration of its model, and how to train it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,43 @@ from ..zoo.core.configuration import RecurrentConfig
 from ..zoo.core.registry import architectures, config_class
 from ..zoo.core.sizes import architecture_config, causal_lm_class
 
-__all__ = ["architecture_of", "new_config", "parse_settings"]
+__all__ = ["TrainSettings", "architecture_of", "new_config", "parse_settings"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Attributes:
+        context: tokens in a sequence. batch_size: sequences in a batch of one process. accumulate: batches in a step.
+        tokens: in all, texts that are shorter are read again; or steps: optimiser steps; neither: the text once.
+        learning_rate: highest, after `warmup` (a share of the steps); it falls to a tenth of it along a cosine.
+        weight_decay: of matrices; vectors, decay rates and norms have none.
+        eval_fraction: share of the documents that is held out.
+        dtype: "float32", or "bfloat16": autocast in training, and of the saved weights.
+    """
+
+    context: int = 512
+    batch_size: int = 8
+    accumulate: int = 1
+    tokens: int | None = None
+    steps: int | None = None
+    learning_rate: float = 1e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.1
+    eval_fraction: float = 0.02
+    seed: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.steps is not None:
+            raise RnnzooError("Say either tokens or steps, not both.")
+        if not 0 < self.eval_fraction < 1:
+            raise RnnzooError(f"The held-out share is {self.eval_fraction}; it must lie between 0 and 1.")
+        if self.learning_rate <= 0 or self.context < 2 or min(self.batch_size, self.accumulate) < 1:
+            raise RnnzooError("The learning rate must be above 0, the context at least 2, batch and accumulation 1.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise RnnzooError(f"dtype is {self.dtype!r}; expected bfloat16 or float32.")
 
 
 def new_config(

@@ -9,22 +9,19 @@ depend on the values, and reading 32k tokens would take minutes. The result says
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from ...zoo.core.decoding import replaying
+from .environment import device_name
 from .scoring import Progress, Stream, no_progress
 
-__all__ = ["DecodePoint", "decode", "device_name"]
+__all__ = ["DecodePoint", "decode"]
 
 
 @dataclass(frozen=True)
@@ -38,23 +35,6 @@ class DecodePoint:
     context_kind: str  # "read" or "random keys and values"
     device: str
     dtype: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def device_name(device: torch.device) -> str:
-    """The processor's own name, with the threads in use on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0] if models else name
-    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
 @torch.no_grad()

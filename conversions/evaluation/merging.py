@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .columns import COLUMNS, Opened
+from .environment import QUALITY, SPEED, conditions
 
 __all__ = ["PARTS", "merge", "still_valid"]
 
@@ -13,19 +14,26 @@ PARTS = ("perplexity", "tasks", "recall", "decode", "by_position", "parity", "re
 _SINGLE = {"perplexity": ("dataset", "window", "stride"), "tasks": ("task", "metric")}
 
 
-def still_valid(evaluation: dict[str, Any], opened: Opened) -> dict[str, Any]:
-    """What of an older evaluation is of the same models: everything, the student's rows, or nothing."""
+def still_valid(results: dict[str, Any], opened: Opened, environment: dict[str, str]) -> dict[str, Any]:
+    """What of an older evaluation is of the same models (everything, the student's rows, or nothing) and conditions."""
+    evaluation, before = results.get("evaluation") or {}, results.get("environment") or {}
     student = opened.student.sha256
     teacher = opened.teacher["sha"] if opened.teacher else evaluation.get("teacher_sha")
     kept: dict[str, Any] = {"student_sha256": student, "teacher_sha": teacher}
-    if evaluation.get("student_sha256") != student:
+    if evaluation.get("student_sha256") != student or _differ(before, environment, QUALITY):
         return kept
     kept = {**evaluation, **kept}
+    if _differ(before, environment, SPEED):
+        kept["decode"] = []
     if evaluation.get("teacher_sha") != teacher:
         kept.pop("window_baseline", None)
         for part in PARTS:
-            kept[part] = [row for row in evaluation.get(part, []) if row["column"] == "student"]
+            kept[part] = [row for row in kept.get(part, []) if row["column"] == "student"]
     return kept
+
+
+def _differ(before: dict[str, str], now: dict[str, str], names: tuple[str, ...]) -> bool:
+    return conditions(before, names) != conditions(now, names)
 
 
 def merge(evaluation: dict[str, Any], parts: dict[str, list[dict[str, Any]]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +33,6 @@ class Parity:
     mean_kl: float
     same_token: float
     dtype: str
-
-    def to_dict(self) -> dict[str, float | int | str]:
-        return asdict(self)
 
 
 @torch.no_grad()

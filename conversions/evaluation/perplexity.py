@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,9 +38,6 @@ class Perplexity:
     bits_per_byte: float
     n_tokens: int
     n_windows: int
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        return asdict(self)
 
 
 def _windows(length: int, window: int, stride: int | None) -> list[tuple[int, int, int]]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,9 +83,6 @@ class RecallPoint:
     stderr: float
     n: int
     chance: float = 1 / CANDIDATES
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def filler_text(sentences: int = 1500, seed: int = 0) -> str:

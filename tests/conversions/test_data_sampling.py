@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from rnnzoo.conversions.data import corpus_from_texts, default_corpus, python_prose, sampling
 from rnnzoo.conversions.data import default as default_module
-from rnnzoo.conversions.data import default_corpus, python_prose, sampling
 from rnnzoo.conversions.data.installed import _clean
 from rnnzoo.conversions.data.prompts import TOPICS
 from rnnzoo.conversions.data.sampling import sample_from_teacher
@@ -136,3 +136,19 @@ def test_a_hub_that_answers_but_fails_leads_to_the_built_in_text(few_files, monk
     monkeypatch.setattr(default_module, "open_corpus", fails)
     assert default_corpus(tiny_tokenizer()).source == default_module.PROSE_SOURCE
     assert "no such dataset" in caplog.text
+
+
+def test_a_run_goes_on_with_the_text_that_it_has_begun_with(few_files, tmp_path, monkeypatch):
+    """Begun without the Hub: the built-in text, though it answers later. Begun with it: a sentence while it is away."""
+    from rnnzoo.kernels.errors import RnnzooError
+
+    hub = corpus_from_texts(["A text of the Hub."] * 3, default_module.HUB_DATASET)
+    monkeypatch.setattr(default_module, "open_corpus", lambda *_, **__: hub)
+    for reachable, source in ((False, default_module.PROSE_SOURCE), (True, default_module.HUB_DATASET)):
+        record = tmp_path / f"{reachable}.json"
+        monkeypatch.setattr(default_module, "hub_reachable", lambda reachable=reachable: reachable)
+        assert default_corpus(tiny_tokenizer(), record=record).source == source
+    assert default_corpus(tiny_tokenizer(), record=tmp_path / "False.json").source == default_module.PROSE_SOURCE
+    monkeypatch.setattr(default_module, "hub_reachable", lambda: False)
+    with pytest.raises(RnnzooError, match="begun with text of the Hub .*, and the Hub is not reachable: run"):
+        default_corpus(tiny_tokenizer(), record=tmp_path / "True.json")

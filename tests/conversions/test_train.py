@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rnnzoo  # noqa: F401  (registers the Auto classes)
 from rnnzoo import cli
 from rnnzoo.cards import render_card
+from rnnzoo.conversions import memory
 from rnnzoo.conversions.byte_tokenizer import byte_tokenizer
-from rnnzoo.conversions.train import TrainSettings, rows_to_batch, train
+from rnnzoo.conversions.from_scratch import rows_to_batch
+from rnnzoo.conversions.train import TrainSettings, train
 from rnnzoo.conversions.train_config import new_config, parse_settings
 from rnnzoo.kernels.errors import RnnzooError
 
@@ -85,6 +87,18 @@ def test_a_stopped_run_goes_on_and_ends_at_the_same_weights(trained, text, tmp_p
     assert len((out / ".rnnzoo/train/metrics.jsonl").read_text().splitlines()) == 60
     with pytest.raises(RnnzooError, match="learning_rate was 0.01, is 0.02"):
         train(out, [text], **(own | {"settings": TrainSettings(64, 4, steps=60, learning_rate=2e-2)}))
+
+
+def test_only_the_command_changes_how_the_process_keeps_memory(text, tmp_path, monkeypatch, capsys):
+    """A library call leaves malloc as its caller has set it; the command, whose process is its own, sets it."""
+    asked = []
+    monkeypatch.setattr(memory, "_glibc", asked.append)
+    settings = TrainSettings(context=64, batch_size=2, steps=1)
+    train(tmp_path / "library", [text], arch="supra", fields=FIELDS, settings=settings, evaluate=False)
+    assert "mallopt" not in asked
+    small = ["--hidden-size", "16", "--layers", "1", "--context", "64", "--steps", "1", "--no-evaluate", "--quiet"]
+    assert cli._run(["train", "--arch", "supra", "--data", text, "--out", str(tmp_path / "command"), *small]) == 0
+    assert "mallopt" in asked
 
 
 def contents(folder):

@@ -241,6 +241,8 @@ def test_quantities_read_and_write_units():
     assert COUNT.convert("0.5M", None, None) == COUNT.convert("500k", None, None) == 500_000
     assert format_bytes(1_474_560) == "1.47 MB" and format_count(134_515_008) == "135M"
     assert format_seconds(3725) == "1 h 2 min" and format_seconds(59.7) == "1 min 0 s"
+    shown = {0: "0 s", 3e-6: "under 0.001 s", 0.0342: "0.034 s", 1: "1 s", 9.94: "9.9 s", 9.96: "10 s", 12.3: "12 s"}
+    assert {seconds: format_seconds(seconds) for seconds in shown} == shown
 
 
 def test_speed_of_a_resumed_stage_counts_this_run_only(capsys, monkeypatch):

@@ -56,8 +56,10 @@ def command(out: str, data: tuple[str, ...], chat_data: tuple[str, ...], output:
     """
     with output.only_result_on_stdout(), ProgressReport(quiet=output.quiet) as progress:
         from ..conversions.convert import convert
+        from ..conversions.memory import keep_freed_memory
         from ..conversions.processes import Processes
 
+        keep_freed_memory()
         results = convert(
             options.pop("teacher"),
             options.pop("recipe"),

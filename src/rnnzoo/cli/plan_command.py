@@ -107,7 +107,7 @@ def _words(key: str, value: Any) -> str:
     if "seconds" in key:
         return format_seconds(value)
     if key.endswith("per_second"):
-        return f"{format_count(round(value))}/s"
+        return f"{format_count(float(f'{value:.3g}'))}/s"
     if "parameters" in key or "tokens" in key:
         return format_count(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -63,7 +63,11 @@ class ProgressReport:
         if done > start and seconds > 0:
             speed = (done - start) / seconds
             parts.append(f"{format_count(round(speed, 1))}/s")
-            parts.append(f"{format_seconds((total - done) / speed)} left" if done < total else format_seconds(seconds))
+            parts.append(
+                f"{format_seconds(round((total - done) / speed))} left"
+                if done < total
+                else format_seconds(round(seconds))
+            )
         return ", ".join([*parts, *([words] if words else [])])
 
 

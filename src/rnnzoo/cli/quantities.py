@@ -54,7 +54,9 @@ def format_count(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """`3725` -> `1 h 2 min`."""
+    """`3725` -> `1 h 2 min`; of less than 10 s two digits, such as `0.034 s`."""
+    if 0 < seconds < 9.95:
+        return f"{seconds:.2g} s" if seconds >= 0.001 else "under 0.001 s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes == 0:
         return f"{rest} s"

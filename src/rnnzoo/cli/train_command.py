@@ -50,10 +50,12 @@ def command(output: Output, data: tuple[str, ...], eval_data: tuple[str, ...], o
     `torchrun --nproc-per-node N -m rnnzoo train ...`.
     """
     with output.only_result_on_stdout(), ProgressReport(quiet=output.quiet) as progress:
+        from ..conversions.memory import keep_freed_memory
         from ..conversions.processes import Processes
         from ..conversions.train import TrainSettings, train
         from ..conversions.train_config import parse_settings
 
+        keep_freed_memory()
         fields = parse_settings(options.pop("settings"))
         for option, field in (("hidden_size", "hidden_size"), ("layers", "num_hidden_layers")):
             value = options.pop(option)

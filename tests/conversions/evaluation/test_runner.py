@@ -8,9 +8,10 @@ import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
-from rnnzoo.conversions.evaluation import Dataset, Limits, evaluate, runner, show
+from rnnzoo.conversions.evaluation import Dataset, Limits, environment, evaluate, measures, show
 from rnnzoo.conversions.evaluation.columns import StateSize
 from rnnzoo.conversions.evaluation.parity import parity
 from rnnzoo.conversions.evaluation.scoring import Stream
@@ -153,9 +154,38 @@ def test_the_plots_are_there(measured):
 def test_the_same_call_again_measures_nothing(measured, files, monkeypatch):
     folder, teacher, results, _ = measured
     for name in ("perplexity", "recall", "decode", "by_position", "last_word", "minimal_pairs", "sample"):
-        monkeypatch.setattr(runner, name, None)
+        monkeypatch.setattr(measures, name, None)
     again = evaluate(folder, teacher=teacher, datasets=files, limits=SMALL)
     assert again["evaluation"] == results["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [("rnnzoo", {"perplexity", "decode"}), ("torch", {"decode"}), ("backend", {"perplexity", "decode"})],
+)
+def test_what_another_version_or_backend_has_measured_is_measured_again(tmp_path, monkeypatch, changed, again):
+    """Speeds depend on all versions and the backend, qualities on rnnzoo's own and the backend; old rows go."""
+    folder = student(tmp_path / "student")
+    limits = Limits(windows=(64,), distances=(), contexts=(16,), decode_steps=1, position_tokens=64, sample_tokens=0)
+    text, other = (Dataset.of_texts(name, ["It is in the hill. " * 40]) for name in ("held out", "other"))
+    before = evaluate(folder, datasets=[text, other], limits=limits)
+    if changed == "backend":
+        monkeypatch.setenv("RNNZOO_BACKEND", "chunked")
+    else:
+        version = environment._version
+        monkeypatch.setattr(environment, "_version", lambda name: "9.9" if name == changed else version(name))
+    called = []
+    for name in ("perplexity", "decode"):
+        whole = getattr(measures, name)
+        monkeypatch.setattr(
+            measures, name, lambda *a, name=name, whole=whole, **k: called.append(name) or whole(*a, **k)
+        )
+    results = evaluate(folder, datasets=[text], limits=limits)
+    assert set(called) == again
+    assert results["environment"][changed] != before["environment"][changed]
+    kept = {"held out"} if "perplexity" in again else {"held out", "other"}
+    assert {row["dataset"] for row in results["evaluation"]["perplexity"]} == kept
+    assert len(results["evaluation"]["decode"]) == 1
 
 
 def test_a_later_call_without_the_teacher_keeps_its_rows(measured, files):
@@ -198,7 +228,7 @@ def test_state_size_of_a_hybrid_grows_by_its_attention_layers_only(tmp_path):
     for length in (20, 100):
         stream = Stream(model)
         for _ in range(length):
-            stream.advance(runner.torch.zeros(1, 1, dtype=runner.torch.long))
+            stream.advance(torch.zeros(1, 1, dtype=torch.long))
         # A sliding layer may keep one token less than its window: the next step brings its own.
         assert abs(size.at(length) - stream.state_bytes()) <= size.sliding
 
