@@ -21,7 +21,8 @@ class RecurrentConfig(PreTrainedConfig):
 
     `vocab_size`, `hidden_size` and `num_hidden_layers` suffice: what is left None is derived. `layer_types` names the
     mixer of every layer, so every architecture is also a hybrid, and a mixer's own fields may stand in the
-    configuration of any other architecture.
+    configuration of any other architecture. A field that several architectures have (`ssm_*`, `rwkv_*`, `s4_*`, ...)
+    has one value for all of them.
 
     Args:
         intermediate_size: width of the MLP; 0 for blocks without one; None for 8/3 of `hidden_size`.
@@ -115,13 +116,14 @@ class RecurrentConfig(PreTrainedConfig):
 
     def _adopt_fields(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Gives this configuration the fields of the other architectures that it names, then derives."""
-        own = {f.name for f in fields(self)}
+        known = {f.name for f in fields(self)}
         for name in dict.fromkeys([self.mixer, *self.layer_types, self.channel_mixer]):
             cls = config_class(name)
             if cls is None:
                 continue
             for field in fields(cls):
-                if field.name not in own:
+                if field.name not in known:
+                    known.add(field.name)  # architectures that share a field declare the same default
                     default = field.default if field.default is not MISSING else field.default_factory()
                     setattr(self, field.name, kwargs.pop(field.name, default))
             cls.derive(self)
