@@ -145,7 +145,7 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def build_all() -> dict[str, str | None]:
     """Compiles every folder's C code on all cores; folder -> why it failed, or None."""
-    folders = sorted(path.parent.name for path in c_sources().glob("*/cpu.c"))
+    folders = sorted(name.partition("/")[0] for name in c_sources() if name.endswith("/cpu.c"))
     if compiler() is not None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_attempt, folders))
@@ -172,11 +172,10 @@ def _load(folder: str) -> str | None:
 
 
 def _build(folder: str) -> pathlib.Path:
-    here = c_sources()
-    source = here / folder / "cpu.c"
-    headers = [*sorted(here.glob("*.h")), *sorted(source.parent.glob("*.h"))]
-    own = [path.read_bytes() for path in (source, *headers)]
-    identity = [*own, repr((FLAGS, MACHINE_FLAGS, _openmp())).encode(), _compiler_version(), _processor().encode()]
+    common = ("", folder)
+    sources = {name: text for name, text in c_sources().items() if name.rpartition("/")[0] in common}
+    settings = (sources, FLAGS, MACHINE_FLAGS, _openmp())
+    identity = [repr(settings).encode(), _compiler_version(), _processor().encode()]
     key = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
     built = cache_folder() / f"{folder}-{key}.so"
     if built.exists():
@@ -184,19 +183,23 @@ def _build(folder: str) -> pathlib.Path:
     built.parent.mkdir(parents=True, exist_ok=True)
     with _locked(built.with_suffix(".lock")):
         if not built.exists():
-            _compile(source, built)
+            _compile(folder, sources, built)
     return built
 
 
-def _compile(source: pathlib.Path, target: pathlib.Path) -> None:
+def _compile(folder: str, sources: dict[str, str], target: pathlib.Path) -> None:
     """Writes the shared library `target`, in full or not at all."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        compiled, linked = pathlib.Path(folder) / "cpu.o", pathlib.Path(folder) / "cpu.so"
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        here = pathlib.Path(scratch)
+        for name, text in sources.items():
+            (here / name).parent.mkdir(exist_ok=True)
+            (here / name).write_text(text, "utf-8")
+        source, compiled, linked = here / folder / "cpu.c", here / "cpu.o", here / "cpu.so"
         words = ""
         for machine in MACHINE_FLAGS:
             for openmp in ("-fopenmp", None):  # a compiler without OpenMP ignores the pragmas: one thread
                 flags = [flag for flag in FLAGS if flag != "-fopenmp" or openmp]
-                done = _run([*flags, *machine, f"-I{source.parents[1]}", "-c", str(source), "-o", str(compiled)])
+                done = _run([*flags, *machine, f"-I{here}", "-c", str(source), "-o", str(compiled)])
                 if done.returncode == 0:
                     runtime = [_openmp() or "-fopenmp"] if openmp else []
                     done = _run(["-shared", str(compiled), "-o", str(linked), *runtime, "-lm"])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["contiguous", "needs_gradient"]
+__all__ = ["NAMESPACE", "contiguous", "needs_gradient"]
+
+NAMESPACE = "rnnzoo"
+if __package__ != "rnnzoo.kernels":
+    # A published model brings these modules along in a package of its own; torch has one table of operators a process.
+    NAMESPACE += "_" + hashlib.sha256(str(__package__).encode()).hexdigest()[:16]
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

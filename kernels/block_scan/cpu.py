@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import contiguous, needs_gradient
+from ..operators import NAMESPACE, contiguous, needs_gradient
 from ..steps import step_codes
 
 
@@ -21,7 +21,7 @@ def block_scan(
     return h.to(output_dtype), state
 
 
-@torch.library.custom_op("rnnzoo::block_scan_cpu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::block_scan_cpu", mutates_args=())
 def forward(
     a: Tensor, x: Tensor, initial: Tensor | None, codes: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +34,7 @@ def forward(
     return h, state, kept
 
 
-@torch.library.custom_op("rnnzoo::block_scan_cpu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::block_scan_cpu_backward", mutates_args=())
 def backward(
     a: Tensor, codes: Tensor | None, kept: Tensor, dh: Tensor, dstate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import contiguous, needs_gradient
+from ..operators import NAMESPACE, contiguous, needs_gradient
 from ..steps import step_codes
 from .shapes import empty_gradients, empty_outputs, gradients, remember, same_dtype
 
@@ -39,7 +39,7 @@ def delta_rule(
     return o.to(output_dtype), state
 
 
-@torch.library.custom_op("rnnzoo::delta_rule_cpu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::delta_rule_cpu", mutates_args=())
 def forward(
     q: Tensor,
     k: Tensor,
@@ -62,7 +62,7 @@ def forward(
     return o, state, kept
 
 
-@torch.library.custom_op("rnnzoo::delta_rule_cpu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::delta_rule_cpu_backward", mutates_args=())
 def backward(
     q: Tensor,
     k: Tensor,

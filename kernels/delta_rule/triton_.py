@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import tuned
-from ..operators import contiguous, needs_gradient
+from ..operators import NAMESPACE, contiguous, needs_gradient
 from ..steps import step_codes
 from .shapes import CHUNK, empty_gradients, empty_outputs, gradients, remember, same_dtype
 
@@ -185,7 +185,7 @@ def _decay(g: Tensor | None) -> int:
     return 0 if g is None else 1 if g.shape[-1] == 1 else 2
 
 
-@torch.library.custom_op("rnnzoo::delta_rule_triton", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::delta_rule_triton", mutates_args=())
 def forward(
     q: Tensor,
     k: Tensor,
@@ -215,7 +215,7 @@ def forward(
     return outputs
 
 
-@torch.library.custom_op("rnnzoo::delta_rule_triton_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::delta_rule_triton_backward", mutates_args=())
 def backward(
     q: Tensor,
     k: Tensor,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import needs_gradient
+from ..operators import NAMESPACE, needs_gradient
 from ..steps import step_codes
 
 CHUNK = 64  # as in cpu.c
@@ -82,7 +82,7 @@ def _step() -> Callable[..., None]:
     return function("gated_linear_attention", "gated_linear_attention_step", "p" * 7 + "i" * 9 + "f")
 
 
-@torch.library.custom_op("rnnzoo::gated_linear_attention_cpu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gated_linear_attention_cpu", mutates_args=())
 def forward(
     q: Tensor,
     k: Tensor,
@@ -124,7 +124,7 @@ def _empty_outputs(q, k, v, g, bonus, initial, codes, scale, normalize, keep):
     )
 
 
-@torch.library.custom_op("rnnzoo::gated_linear_attention_cpu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gated_linear_attention_cpu_backward", mutates_args=())
 def backward(
     q: Tensor,
     k: Tensor,

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ..gpu import interpreted, tuned
-from ..operators import needs_gradient
+from ..operators import NAMESPACE, needs_gradient
 from ..steps import step_codes
 from .linear_part import divide
 from .triton_kernels import CHUNK, KEPT, backward_kernel, forward_kernel
@@ -59,7 +59,7 @@ def _current(q: Tensor, k: Tensor, v: Tensor, bonus: Tensor, scale: float, mask:
     return (weights * v[:, :, :, None]).flatten(2, 3)
 
 
-@torch.library.custom_op("rnnzoo::gated_linear_attention_triton", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gated_linear_attention_triton", mutates_args=())
 def forward(
     q: Tensor,
     k: Tensor,
@@ -107,7 +107,7 @@ def _empty_outputs(q, k, v, g, initial, codes, scale, late, keep):
     )
 
 
-@torch.library.custom_op("rnnzoo::gated_linear_attention_triton_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gated_linear_attention_triton_backward", mutates_args=())
 def backward(
     q: Tensor,
     k: Tensor,

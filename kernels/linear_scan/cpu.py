@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import needs_gradient
+from ..operators import NAMESPACE, needs_gradient
 from ..steps import step_codes
 from .operators import empty_gradients, empty_outputs, register_autograd
 
@@ -26,7 +26,7 @@ def linear_scan(
     return h.to(output_dtype), state
 
 
-@torch.library.custom_op("rnnzoo::linear_scan_cpu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_scan_cpu", mutates_args=())
 def forward(
     a: Tensor, x: Tensor, initial: Tensor | None, codes: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +43,7 @@ def forward(
     return h, state, kept
 
 
-@torch.library.custom_op("rnnzoo::linear_scan_cpu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_scan_cpu_backward", mutates_args=())
 def backward(
     a: Tensor, x: Tensor, codes: Tensor | None, kept: Tensor, dh: Tensor, dstate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import tuned
-from ..operators import needs_gradient
+from ..operators import NAMESPACE, needs_gradient
 from ..steps import step_codes
 from .operators import CHUNK, empty_gradients, empty_outputs, register_autograd
 
@@ -163,7 +163,7 @@ def _real(x: Tensor | None) -> Tensor | None:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-@torch.library.custom_op("rnnzoo::linear_scan_triton", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_scan_triton", mutates_args=())
 def forward(
     a: Tensor, x: Tensor, initial: Tensor | None, codes: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,7 +183,7 @@ def forward(
     return h, state, kept
 
 
-@torch.library.custom_op("rnnzoo::linear_scan_triton_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_scan_triton_backward", mutates_args=())
 def backward(
     a: Tensor, x: Tensor, codes: Tensor | None, kept: Tensor, dh: Tensor, dstate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
+from ..operators import NAMESPACE
 from . import blocks
 from .blocks import BlockLoss, Passes
 
 
-@torch.library.custom_op("rnnzoo::cross_entropy_rows_cpu", mutates_args=("logits",))
+@torch.library.custom_op(f"{NAMESPACE}::cross_entropy_rows_cpu", mutates_args=("logits",))
 def cross_entropy_rows(logits: Tensor, labels: Tensor, factors: Tensor | None, z_loss: float) -> Tensor:
     """Losses (n,); `logits` (n, V) become the gradient where there are factors (n,)."""
     rows, width = logits.shape
@@ -33,7 +34,7 @@ def _empty_losses(logits, labels, factors, z_loss):
     return logits.new_empty(len(logits), dtype=torch.float32)
 
 
-@torch.library.custom_op("rnnzoo::kl_rows_cpu", mutates_args=("student",))
+@torch.library.custom_op(f"{NAMESPACE}::kl_rows_cpu", mutates_args=("student",))
 def kl_rows(student: Tensor, teacher: Tensor, factors: Tensor | None, temperature: float, reverse: bool) -> Tensor:
     """Losses (n,); the student's logits (n, V) become its gradient where there are factors (n,)."""
     losses = _empty_divergences(student, teacher, factors, temperature, reverse)
@@ -51,7 +52,7 @@ def _empty_divergences(student, teacher, factors, temperature, reverse):
     return student.new_empty(len(student), dtype=torch.float32)
 
 
-@torch.library.custom_op("rnnzoo::add_bf16_cpu", mutates_args=("total",))
+@torch.library.custom_op(f"{NAMESPACE}::add_bf16_cpu", mutates_args=("total",))
 def add_bf16(total: Tensor, part: Tensor) -> None:
     """total (float32) += part (bfloat16), without a copy of the part in float32."""
     part = part.contiguous()

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operators import NAMESPACE
 from . import blocks
 from .blocks import BlockLoss, Passes
 
@@ -93,7 +94,7 @@ def _sizes(width: int) -> dict[str, int]:
     return {"BLOCK": min(4096, triton.next_power_of_2(width)), "num_warps": 8 if width > 1024 else 4}
 
 
-@torch.library.custom_op("rnnzoo::cross_entropy_rows_triton", mutates_args=("logits",))
+@torch.library.custom_op(f"{NAMESPACE}::cross_entropy_rows_triton", mutates_args=("logits",))
 def cross_entropy_rows(logits: Tensor, labels: Tensor, factors: Tensor | None, z_loss: float) -> Tensor:
     """Losses (n,); `logits` (n, V) become the gradient where there are factors (n,)."""
     losses = _empty_losses(logits, labels, factors, z_loss)
@@ -110,7 +111,7 @@ def _empty_losses(logits, labels, factors, z_loss):
     return logits.new_empty(len(logits), dtype=torch.float32)
 
 
-@torch.library.custom_op("rnnzoo::kl_rows_triton", mutates_args=("student",))
+@torch.library.custom_op(f"{NAMESPACE}::kl_rows_triton", mutates_args=("student",))
 def kl_rows(student: Tensor, teacher: Tensor, factors: Tensor | None, temperature: float, reverse: bool) -> Tensor:
     """Losses (n,); the student's logits (n, V) become its gradient where there are factors (n,)."""
     losses = _empty_divergences(student, teacher, factors, temperature, reverse)

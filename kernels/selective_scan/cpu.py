@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import contiguous, needs_gradient
+from ..operators import NAMESPACE, contiguous, needs_gradient
 from ..steps import step_codes
 from .operators import empty_gradients, register_autograd
 
@@ -40,7 +40,7 @@ def selective_scan(
     return y.to(output_dtype), state
 
 
-@torch.library.custom_op("rnnzoo::selective_scan_cpu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::selective_scan_cpu", mutates_args=())
 def forward(
     x: Tensor,
     dt: Tensor,
@@ -74,7 +74,7 @@ def _empty_outputs(x, dt, a, b, c, d, initial, codes, keep):
     )
 
 
-@torch.library.custom_op("rnnzoo::selective_scan_cpu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::selective_scan_cpu_backward", mutates_args=())
 def backward(
     x: Tensor,
     dt: Tensor,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import interpreted, tuned
-from ..operators import contiguous, needs_gradient
+from ..operators import NAMESPACE, contiguous, needs_gradient
 from ..steps import step_codes
 from .operators import empty_gradients, register_autograd
 
@@ -280,7 +280,7 @@ def selective_scan(
     return y, state
 
 
-@torch.library.custom_op("rnnzoo::selective_scan_triton", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::selective_scan_triton", mutates_args=())
 def forward(
     x: Tensor,
     dt: Tensor,
@@ -320,7 +320,7 @@ def _empty_outputs(x, dt, a, b, c, d, initial, codes, keep):
     )
 
 
-@torch.library.custom_op("rnnzoo::selective_scan_triton_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::selective_scan_triton_backward", mutates_args=())
 def backward(
     x: Tensor,
     dt: Tensor,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import needs_gradient
+from ..operators import NAMESPACE, needs_gradient
 from ..steps import step_codes
 
 LANES, MOST_TAPS = 16, 16  # as in cpu.c
@@ -61,7 +61,7 @@ def _forward(
     return y, state
 
 
-forward = torch.library.custom_op("rnnzoo::short_conv_cpu", _forward, mutates_args=())
+forward = torch.library.custom_op(f"{NAMESPACE}::short_conv_cpu", _forward, mutates_args=())
 
 
 @forward.register_fake
@@ -70,7 +70,7 @@ def _empty_outputs(x, weight, bias, initial, codes, silu):
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(batch, channels, weight.shape[1] - 1)
 
 
-@torch.library.custom_op("rnnzoo::short_conv_cpu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::short_conv_cpu_backward", mutates_args=())
 def backward(
     x: Tensor,
     weight: Tensor,

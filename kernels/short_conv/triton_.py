@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import tuned
+from ..operators import NAMESPACE
 from ..steps import document_starts, take, valid_first
 
 FLOAT = torch.float32
@@ -218,7 +219,7 @@ def _ready(x, weight, bias, state, ages):
     return x, weight, bias, state.contiguous(), x if ages is None else ages.contiguous()
 
 
-@torch.library.custom_op("rnnzoo::short_conv_triton", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::short_conv_triton", mutates_args=())
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ages: Tensor | None, silu: bool) -> Tensor:
     """y (B, T, D)."""
     y = _empty_output(x, weight, bias, state, ages, silu)
@@ -236,7 +237,7 @@ def _empty_output(x, weight, bias, state, ages, silu):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("rnnzoo::short_conv_triton_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::short_conv_triton_backward", mutates_args=())
 def backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ages: Tensor | None, silu: bool, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

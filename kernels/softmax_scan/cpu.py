@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import contiguous, needs_gradient
+from ..operators import NAMESPACE, contiguous, needs_gradient
 from ..steps import step_codes
 from .state import SoftmaxState
 
@@ -39,7 +39,7 @@ def softmax_scan(
     return out.to(output_dtype), SoftmaxState(*final)
 
 
-@torch.library.custom_op("rnnzoo::softmax_scan_cpu", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::softmax_scan_cpu", mutates_args=())
 def forward(
     k: Tensor,
     v: Tensor,
@@ -74,7 +74,7 @@ def _empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, k
     )
 
 
-@torch.library.custom_op("rnnzoo::softmax_scan_cpu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::softmax_scan_cpu_backward", mutates_args=())
 def backward(
     k: Tensor,
     v: Tensor,

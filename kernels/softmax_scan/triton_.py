@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import tuned
-from ..operators import contiguous, needs_gradient
+from ..operators import NAMESPACE, contiguous, needs_gradient
 from ..steps import step_codes
 from .state import SoftmaxState
 
@@ -258,7 +258,7 @@ def _numbers(k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     return time, heads, width, heads * k.shape[3]
 
 
-@torch.library.custom_op("rnnzoo::softmax_scan_triton", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::softmax_scan_triton", mutates_args=())
 def forward(
     k: Tensor,
     v: Tensor,
@@ -299,7 +299,7 @@ def _empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, k
     )
 
 
-@torch.library.custom_op("rnnzoo::softmax_scan_triton_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::softmax_scan_triton_backward", mutates_args=())
 def backward(
     k: Tensor,
     v: Tensor,

@@ -6,7 +6,6 @@ imported (or at once, if they are already), and import an architecture only when
 
 from __future__ import annotations
 
-import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -15,7 +14,8 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from .registry import architectures, config_class
+from .folders import architecture_module, architectures
+from .registry import config_class
 
 __all__ = ["register_auto_classes"]
 
@@ -86,7 +86,7 @@ class _Models(dict):
         name = _architecture(key)
         if name is None:
             raise KeyError(key)
-        module = importlib.import_module(f"...{name}.modeling_{name}", __name__)
+        module = architecture_module(name, "modeling")
         return getattr(module, key.__name__.removesuffix("Config") + self.suffix)
 
     def __iter__(self) -> Iterator[type]:

@@ -6,7 +6,6 @@ An architecture that has such checkpoints provides `zoo/<name>/importing_<name>.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import pathlib
@@ -23,7 +22,8 @@ from torch import Tensor
 from ...kernels.errors import RnnzooError
 from .configuration import RecurrentConfig
 from .files import appearing, expect_free
-from .registry import architectures, config_class
+from .folders import architecture_module, architectures
+from .registry import config_class
 from .sizes import causal_lm_class
 
 __all__ = [
@@ -150,7 +150,7 @@ def formats(architecture: str) -> dict[str, Format]:
     """
     if architecture not in importable():
         raise RnnzooError(f"'{architecture}' has no importer; there is one for {', '.join(importable())}.")
-    rules = importlib.import_module(f"...{architecture}.importing_{architecture}", __name__)
+    rules = architecture_module(architecture, "importing")
     return {own.name: own for own in rules.FORMATS}
 
 

@@ -7,12 +7,10 @@ Nothing is listed by hand: a folder with a `modeling_<name>.py` is an architectu
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pathlib
 from typing import Any, TypeVar
 
 from ...kernels.errors import RnnzooError
+from .folders import architecture_module, architectures
 
 __all__ = [
     "ATTENTION_TYPES",
@@ -68,13 +66,6 @@ def register_channel_mixer(name: str):
     return register
 
 
-@functools.cache
-def architectures() -> tuple[str, ...]:
-    """Names of the architecture folders of the zoo, sorted."""
-    zoo = pathlib.Path(__file__).resolve().parent.parent
-    return tuple(sorted(p.parent.name for p in zoo.glob("*/modeling_*.py") if p.stem == f"modeling_{p.parent.name}"))
-
-
 def known_mixers() -> tuple[str, ...]:
     """Every name that may stand in `config.layer_types`, sorted."""
     return tuple(sorted({*ATTENTION_TYPES, *architectures(), *MIXERS}))
@@ -90,7 +81,7 @@ def has_mixer(name: str) -> bool:
 def _import(name: str, what: str) -> None:
     folder = name.partition(".")[0]
     if folder in architectures():
-        importlib.import_module(f"...{folder}.{what}_{folder}", __name__)
+        architecture_module(folder, what)
 
 
 def mixer_class(name: str) -> type[Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 
 from .configuration import RecurrentConfig
+from .folders import architecture_module
 from .heads import RecurrentForCausalLM
 from .model import RecurrentBlock
 from .registry import ATTENTION_TYPES
@@ -26,7 +25,7 @@ def causal_lm_class(architecture: str) -> type[RecurrentForCausalLM]:
     """The model class of an architecture; the generic one for attention."""
     if architecture in ATTENTION_TYPES:
         return RecurrentForCausalLM
-    module = importlib.import_module(f"...{architecture}.modeling_{architecture}", __name__)
+    module = architecture_module(architecture, "modeling")
     return next(
         cls
         for cls in vars(module).values()

@@ -15,7 +15,7 @@ from .output import Output, output_options
 def command(folder: str, out: str, standalone: bool, output: Output) -> None:
     """Copy the model in DIR into the new folder OUT: weights, configuration, tokenizer, card and results.
 
-    With --standalone, OUT also holds the model's code, modeling_rnnzoo.py and kernels_rnnzoo.py, and
+    With --standalone, OUT also holds the modules of rnnzoo that the model needs (modeling_rnnzoo.py names them), and
     AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True) needs torch, transformers and safetensors alone.
     """
     from ..publish.saving import save_model
