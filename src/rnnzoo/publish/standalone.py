@@ -39,7 +39,7 @@ INSTALLED = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_name
 HEADER = f"""\
 # SPDX-License-Identifier: Apache-2.0
 # Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/LICENSE-2.0. Provided "as is".
-# From rnnzoo {__version__}: %s
+# rnnzoo {__version__}: %s
 
 """
 ENTRY = '''\
@@ -142,16 +142,19 @@ def standalone_code(config: RecurrentConfig) -> dict[str, str]:
     modeling = configuration.replace("configuration_", "modeling_")
     named = (name.partition(".")[0] for name in (*(config.layer_types or ()), config.channel_mixer))
     modules = _with_imports([modeling, *(f"zoo.{name}.modeling_{name}" for name in named if name in architectures())])
-    modules[FOLDERS] = FOLDERS_CODE.format(
-        names=tuple(n for n in architectures() if f"zoo.{n}.modeling_{n}" in modules)
-    )
+    carried = tuple(name for name in architectures() if f"zoo.{name}.modeling_{name}" in modules)
+    modules[FOLDERS] = FOLDERS_CODE.format(names=carried)
     modules[C_SOURCES] = C_SOURCES_CODE.format(texts="".join(_c_texts({name.split(".")[1] for name in modules})))
     imports = "\n".join(f"    from .{_flat(name)} import *" for name in sorted(modules))
     models = ", ".join(_models(config).values())
     names = {"configuration": _flat(configuration), "modeling": _flat(modeling), "config": type(config).__name__}
     entry = ENTRY.format(**names, models=models, imports=imports)
-    files = {f"{_flat(name)}.py": HEADER % f"{name}, with other imports." + code for name, code in modules.items()}
-    return {CODE_FILE: HEADER % ", ".join(dict.fromkeys(config.layer_types or ())) + entry, **files}
+    layers = ", ".join(dict.fromkeys(config.layer_types or ()))
+    files = {CODE_FILE: HEADER % f"the code of a model with layers {layers}." + entry}
+    for name, code in modules.items():
+        what = "written for this model" if name in (FOLDERS, C_SOURCES) else "as it is but for its imports"
+        files[f"{_flat(name)}.py"] = HEADER % f"{name}, {what}." + code
+    return files
 
 
 def _models(config: RecurrentConfig) -> dict[str, str]:
