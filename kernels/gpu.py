@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import cache_root
+from .cache import build_folder, cache_root
 
 __all__ = ["interpreted", "priority", "problem", "supports", "tuned"]
 
@@ -106,7 +106,7 @@ def _read(device: str, fresh: bool = False) -> dict[str, dict[str, int]]:
 
 def _write(device: str, table: dict[str, dict[str, int]]) -> None:
     path = _path(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = build_folder(path.parent) / path.name
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
         json.dump(table, file, indent=1, sort_keys=True)
     os.replace(file.name, path)

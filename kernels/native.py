@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from .cache import cache_root
+from .cache import build_folder, cache_root
 from .sources import c_sources
 
 __all__ = ["build_all", "cache_folder", "calls", "compiler", "function", "pointer", "problem", "supports"]
@@ -59,7 +59,7 @@ _lock = threading.RLock()
 
 
 def cache_folder() -> pathlib.Path:
-    """Where builds are kept."""
+    """Where builds are kept, if it can be written (`cache.build_folder`)."""
     return cache_root() / "kernels"
 
 
@@ -178,9 +178,9 @@ def _build(folder: str) -> pathlib.Path:
     identity = [repr(settings).encode(), _compiler_version(), _processor().encode()]
     key = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
     built = cache_folder() / f"{folder}-{key}.so"
-    if built.exists():
+    if built.exists():  # also in a cache that cannot be written
         return built
-    built.parent.mkdir(parents=True, exist_ok=True)
+    built = build_folder(built.parent) / built.name
     with _locked(built.with_suffix(".lock")):
         if not built.exists():
             _compile(folder, sources, built)

@@ -271,7 +271,7 @@ def test_the_cache_follows_the_usual_variables(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_root() == tmp_path / "xdg" / "rnnzoo"
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf" / "huggingface"))
-    assert cache_root() == tmp_path / "hf" / "rnnzoo"
+    assert cache_root() == tmp_path / "hf" / "huggingface" / "rnnzoo"
     monkeypatch.setenv("RNNZOO_CACHE", str(tmp_path / "own"))
     assert cache_root() == tmp_path / "own"
 

@@ -11,11 +11,12 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 
-from rnnzoo.kernels import native, sources
+from rnnzoo.kernels import cache, native, sources
 from rnnzoo.kernels.dispatch import explain
 from rnnzoo.kernels.linear_scan import linear_scan
 
@@ -49,11 +50,11 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "_problems", {})
     monkeypatch.setattr(native, "_libraries", {})
     caches = (native.compiler, native.function, native._compiler_version, native._say_without_compiler)
-    for cache in caches:
-        cache.cache_clear()
+    for kept in caches:
+        kept.cache_clear()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    for kept in caches:
+        kept.cache_clear()
 
 
 @pytest.fixture
@@ -176,10 +177,52 @@ def test_a_broken_compiler_is_quoted_and_the_chunked_code_serves(monkeypatch, tm
     assert in_cache() == []
 
 
-def test_a_cache_that_cannot_be_written_is_a_reason_too(toy, monkeypatch, tmp_path):
+@pytest.fixture
+def unwritable(monkeypatch, tmp_path):
+    """A cache that cannot be written, and a folder of temporary files of its own."""
     (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("RNNZOO_CACHE", str(tmp_path / "file"))
-    assert "could not be built" in native.problem("toy")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    cache._say_temporary.cache_clear()
+    return tmp_path / "temporary"
+
+
+def test_where_the_cache_cannot_be_written_kernels_are_built_in_a_private_folder(toy, unwritable, monkeypatch, caplog):
+    assert answer() == 42
+    private = unwritable / f"rnnzoo-{os.getuid()}"
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    assert [path.suffix for path in (private / "kernels").iterdir()] == [".so"]
+    forget()
+    monkeypatch.setattr(native, "_compile", lambda *arguments: pytest.fail("compiled again"))
+    assert answer() == 42
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"builds are kept in {private / 'kernels'}; RNNZOO_CACHE chooses a folder" in caplog.text
+
+
+@pytest.mark.parametrize("whose", ["another user's", "open to others", "a link"])
+def test_a_temporary_folder_that_is_not_the_user_s_alone_is_refused(toy, unwritable, monkeypatch, tmp_path, whose):
+    private = unwritable / f"rnnzoo-{os.getuid()}"
+    if whose == "a link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        private.symlink_to(tmp_path / "elsewhere")
+    else:
+        private.mkdir(mode=0o700)
+    if whose == "open to others":
+        private.chmod(0o777)
+    if whose == "another user's":
+        private.rename(unwritable / "rnnzoo-4711")
+        private = unwritable / "rnnzoo-4711"
+        monkeypatch.setattr(os, "getuid", lambda: 4711)
+    assert f"{private} is not a folder of this user alone" in native.problem("toy")
+    assert not list(private.iterdir())
+
+
+def test_what_a_cache_that_cannot_be_written_holds_is_used(toy, monkeypatch, caplog):
+    assert answer() == 42
+    forget()
+    monkeypatch.setattr(native, "build_folder", lambda folder: pytest.fail("asked for a folder to write to"))
+    assert answer() == 42
 
 
 def test_the_openmp_runtime_is_the_one_that_torch_has_loaded(toy):
