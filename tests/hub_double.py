@@ -5,7 +5,8 @@ with hub_double() as hub:                              # or the fixture of this 
     subprocess.run([...], env=hub.environment(tmp_path, token="hf_alice"))
     hub.files("alice/model")                           # {path: bytes} of main
 
-huggingface_hub reads HF_ENDPOINT when it is imported: what talks to the double runs in a process of its own.
+huggingface_hub reads HF_ENDPOINT when it is imported: what talks to the double runs in a process of its own, with
+`environment`, or where `serve` has set what was read.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 __all__ = ["HubDouble", "hub_double"]
 
@@ -79,6 +83,19 @@ class HubDouble:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "RNNZOO_"))}
         own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
         return kept | own | ({"HF_TOKEN": token} if token else {}) | more
+
+    def serve(self, patch: pytest.MonkeyPatch, home: Path, token: str | None = None, **more: str) -> None:
+        """The same in this process, until `patch` is undone: what huggingface_hub has read already is set again."""
+        wanted = self.environment(home, token, **more)
+        for key in os.environ.keys() - wanted.keys():
+            patch.delenv(key)
+        for key, value in wanted.items():
+            patch.setenv(key, value)
+        patch.setattr(constants, "ENDPOINT", wanted["HF_ENDPOINT"])
+        patch.setattr(constants, "HF_HUB_OFFLINE", wanted.get("HF_HUB_OFFLINE") == "1")
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        for name in ("HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH", "HF_HUB_CACHE", "HF_XET_CACHE"):
+            patch.setattr(constants, name, str(home / name.lower()))
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         found = self.repositories[repo]

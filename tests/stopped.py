@@ -81,6 +81,7 @@ def arrange(point: str, stop: Callable[[], None]) -> None:
 if __name__ == "__main__":
     from rnnzoo import cli
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
     if os.environ.get("RANK", "0") == "0":
         arrange(sys.argv[2], lambda: signal.raise_signal(signal.Signals[sys.argv[1]]))
     sys.exit(cli._run(sys.argv[3:]))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rnnzoo import cli
 from rnnzoo.conversions.recipes import FOLDER
 from rnnzoo.kernels.native import cache_folder
 
@@ -140,8 +141,8 @@ def small_model(tmp_path) -> Path:
 
 
 @pytest.fixture
-def push(hub: HubDouble, tmp_path):
-    """`rnnzoo push` of a folder to the double, with the exit code `code`, in a process of its own."""
+def push(hub: HubDouble, tmp_path, capsys, monkeypatch):
+    """`rnnzoo push` of a folder to the double, with the exit code `code`; in this process, which has all loaded."""
 
     def run(
         folder,
@@ -150,13 +151,16 @@ def push(hub: HubDouble, tmp_path):
         repo: str = "alice/tiny",
         code: int = 0,
         **environment: str,
-    ):
-        # Writing the model's code takes seconds in every process; who wants it says --code.
+    ) -> subprocess.CompletedProcess[str]:
+        # Writing the model's code takes seconds; who wants it says --code.
         code_option = () if "--code" in options else ("--no-code",)
-        command = [sys.executable, "-m", "rnnzoo_command", "push", str(folder), repo, *code_option, *options]
-        own = hub.environment(tmp_path / "home", token, **environment)
-        done = subprocess.run(command, capture_output=True, text=True, env=own)
-        assert done.returncode == code, done.stderr
-        return done
+        arguments = ["push", str(folder), repo, *code_option, *options]
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            hub.serve(patch, tmp_path / "home", token, **environment)
+            done = cli._run(arguments)
+        out, err = capsys.readouterr()
+        assert done == code, err
+        return subprocess.CompletedProcess(arguments, done, out, err)
 
     return run
