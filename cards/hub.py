@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
 
 from ..kernels.errors import RnnzooError
-from .hub_errors import TRIES, asked_once, retrying, sentence, status_of, waiting_time
+from .hub_errors import retrying, sentence
 from .published import PublishedFile, stale_weights
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 __all__ = ["Pushed", "push_files"]
 
@@ -73,8 +72,6 @@ def push_files(
         RnnzooError: offline, no token, a repository, branch or tag that does not go, whatever the Hub refuses (401,
             403, 404, 409, ...), and what did not pass after some tries (429, 5xx, a broken connection).
     """
-    from huggingface_hub import HfApi, constants, get_token
-
     if constants.is_offline_mode():
         raise RnnzooError("HF_HUB_OFFLINE is set: a push needs the Hub (--dry-run does not).")
     if not get_token():
@@ -106,6 +103,7 @@ def _end_bars() -> None:
 class _Push:
     def __init__(self, api: HfApi, repo: str, branch: str, note: Note):
         self.api, self.repo, self.branch, self.note = api, repo, branch, note
+        self.additions: dict[str, CommitOperationAdd] = {}
 
     def run(
         self, files: list[PublishedFile], private: bool, tag: str | None, pull_request: bool, message: str | None
@@ -127,8 +125,6 @@ class _Push:
 
     def _open_repository(self, private: bool, pull_request: bool) -> bool:
         """Whether it had to be made."""
-        from huggingface_hub.errors import RepositoryNotFoundError
-
         try:
             found = self._ask(self.api.repo_info, self.repo)
         except RepositoryNotFoundError:
@@ -166,9 +162,12 @@ class _Push:
         """Uploads and commits. After an answer that was lost, the branch tells whether the commit was made."""
         url = f"{self.api.endpoint}/{self.repo}"
         parent, uploaded = None, ([], [])
-        for attempt in range(TRIES):
-            head = self._ask(self.api.repo_info, self.repo, revision=self.branch).sha
-            changed, gone, same = self._compare(files, head)
+
+        def once() -> Pushed:
+            nonlocal parent, uploaded
+            head = self.api.repo_info(self.repo, revision=self.branch).sha
+            changed, gone = self._compare(files, head)
+            same = len(files) - len(changed)
             if parent is None and tagged and (tagged != head or changed or gone):
                 raise RnnzooError(f"{self.repo} has a tag {tag} already, on another commit; choose another one.")
             if not changed and not gone:
@@ -178,67 +177,46 @@ class _Push:
                     f"{self.repo} (branch {self.branch}) was changed by somebody else during this push: look at it, "
                     "then run the same command again; what was uploaded is not sent again."
                 )
-            parent, uploaded = head, ([file.path for file in changed], gone)
-            try:
-                commit = self._send(changed, gone, head, pull_request, message)
-            except Exception as error:
-                wait = waiting_time(error, attempt) if asked_once(error) else None
-                # A pull request that was made, its answer lost, cannot be told from one that was not.
-                lost = pull_request and status_of(error) not in (429, 503)
-                if wait is None or lost or attempt + 1 == TRIES:
-                    raise
-                self.note(f"the commit did not pass ({status_of(error) or 'no answer'}); trying again in {wait:.0f} s")
-                time.sleep(wait)
-                continue
+            parent, uploaded = head, ([file.path_in_repo for file in changed], gone)
+            commit = self.api.create_commit(
+                self.repo,
+                [*changed, *(CommitOperationDelete(path) for path in gone)],
+                commit_message=message,
+                revision=self.branch,
+                create_pr=pull_request,
+                parent_commit=head,
+            )
             done = Pushed(self.repo, url, self.branch, commit.oid, created, *uploaded, unchanged=same)
             done.pull_request = commit.pr_url if pull_request else None
             return done
-        raise AssertionError("the last try returns or raises")
 
-    def _send(self, changed: list[PublishedFile], gone: list[str], head: str, pull_request: bool, message: str) -> Any:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+        # A pull request that was made, its answer lost, cannot be told from one that was not.
+        return retrying(once, self.note, again=lambda status: not (pull_request and parent) or status in (429, 503))
 
-        additions = [
-            CommitOperationAdd(file.path, file.source if isinstance(file.source, bytes) else str(file.source))
-            for file in changed
-        ]
-        return self.api.create_commit(
-            self.repo,
-            [*additions, *(CommitOperationDelete(path) for path in gone)],
-            commit_message=message,
-            revision=self.branch,
-            create_pr=pull_request,
-            parent_commit=head,
-        )
-
-    def _compare(self, files: list[PublishedFile], head: str) -> tuple[list[PublishedFile], list[str], int]:
-        """(files that differ from the commit `head`, stale weights there, number of files that are the same)."""
+    def _compare(self, files: list[PublishedFile], head: str) -> tuple[list[CommitOperationAdd], list[str]]:
+        """(files that differ from the commit `head`, stale weights there)."""
         listed = self.api.list_repo_tree(self.repo, revision=head, recursive=True)
         remote = {entry.path: entry for entry in listed if hasattr(entry, "blob_id")}
-        changed = [file for file in files if file.path not in remote or not _same(file, remote[file.path])]
-        gone = stale_weights(list(remote), [file.path for file in files])
-        return changed, gone, len(files) - len(changed)
+        changed = []
+        for file in files:
+            there = remote.get(file.path)
+            if there is None or there.size != file.size or not _same(self._addition(file), there):
+                changed.append(self._addition(file))
+        return changed, stale_weights(list(remote), [file.path for file in files])
+
+    def _addition(self, file: PublishedFile) -> CommitOperationAdd:
+        """Hashed once, however often the commit is tried."""
+        if file.path not in self.additions:
+            content = file.source if isinstance(file.source, bytes) else str(file.source)
+            self.additions[file.path] = CommitOperationAdd(file.path, content)
+        return self.additions[file.path]
 
 
-def _same(file: PublishedFile, remote: Any) -> bool:
+def _same(local: CommitOperationAdd, remote: RepoFile) -> bool:
     if remote.lfs is not None:
-        return remote.lfs.size == file.size and remote.lfs.sha256 == _sha256(file)
-    if remote.size != file.size:
-        return False
-    content = file.source if isinstance(file.source, bytes) else file.source.read_bytes()
-    return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-@functools.lru_cache(maxsize=1024)
-def _file_sha256(path: Path, size: int, changed_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha256(file: PublishedFile) -> str:
-    if isinstance(file.source, bytes):
-        return hashlib.sha256(file.source).hexdigest()
-    return _file_sha256(file.source, file.size, file.source.stat().st_mtime_ns)
+        return remote.lfs.sha256 == local.upload_info.sha256.hex()
+    with local.as_file() as file:
+        return remote.blob_id == git_hash(file.read())
 
 
 def _version() -> str:

@@ -1,7 +1,7 @@
 """What the Hub refuses, as one sentence; what passes by itself, tried again.
 
-huggingface_hub retries uploads, listings and the preupload query; creating repositories, branches and tags, reading a
-repository's state and the commit it asks once. Those go through `retrying`.
+huggingface_hub retries each request of an upload, a listing and the preupload query; creating repositories, branches
+and tags, reading a repository's state and the commit it asks once. All go through `retrying`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ..kernels.errors import RnnzooError
 
-__all__ = ["TRIES", "asked_once", "retrying", "sentence", "status_of", "waiting_time"]
+__all__ = ["retrying", "sentence", "waiting_time"]
 
 T = TypeVar("T")
 TRIES = 4
@@ -53,17 +53,6 @@ def waiting_time(error: BaseException, attempt: int) -> float | None:
     return float(2**attempt) if asked is None else asked if asked <= LONGEST_WAIT else None
 
 
-def asked_once(error: BaseException) -> bool:
-    """Whether the request that failed is one of a commit that huggingface_hub does not repeat by itself."""
-    error = _cause(error)
-    response = getattr(error, "response", None)
-    try:
-        address = str((error if response is None else response).request.url)  # type: ignore[attr-defined]
-    except (AttributeError, RuntimeError):  # an error that knows no request
-        return False
-    return any(part in address for part in ("/commit/", "/api/validate-yaml"))
-
-
 def _retry_after(headers: dict[str, str]) -> float | None:
     """Seconds, from Retry-After (a number or a date) or the Hub's own RateLimit header."""
     stated = headers.get("retry-after", "").strip()
@@ -80,21 +69,24 @@ def _retry_after(headers: dict[str, str]) -> float | None:
     return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else None
 
 
-def retrying(call: Callable[[], T], note: Callable[[str], None]) -> T:
+def retrying(
+    call: Callable[[], T], note: Callable[[str], None], again: Callable[[int | None], bool] = lambda status: True
+) -> T:
     """Calls up to TRIES times while the Hub is busy (408, 429, 5xx) or does not answer; waits as long as it asks for.
-    `note` is told of each wait."""
-    attempt = 0
-    while True:
+
+    Args:
+        note: is told of each wait. again: whether another call is safe after this status (None: no answer).
+    """
+    for attempt in range(TRIES):
         try:
             return call()
         except Exception as error:
-            wait = waiting_time(error, attempt)
-            attempt += 1
-            if wait is None or attempt >= TRIES:
+            wait, said = waiting_time(error, attempt), status_of(error)
+            if wait is None or attempt + 1 == TRIES or not again(said):
                 raise
-            said = status_of(error)
             note(f"the Hub {f'answers {said}' if said else 'does not answer'}; trying again in {wait:.0f} s")
             time.sleep(wait)
+    raise AssertionError("the last call returns or raises")
 
 
 def sentence(error: BaseException, repo: str, branch: str = "main") -> RnnzooError | None:
