@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from .core.auto import register_auto_classes
 from .core.registry import architectures
+from .core.transformers_changes import register_auto_classes
 
 __all__ = [
     "RecurrentCache",

@@ -59,6 +59,59 @@ def test_without_registration_transformers_is_as_it_was():
     assert said == "False\nTrue\n"
 
 
+def test_a_module_that_is_looked_for_or_imported_again_is_changed_all_the_same():
+    said = in_a_fresh_process("""
+import copy, importlib, importlib.util, inspect, pickle, sys
+import rnnzoo
+names = ["configuration_utils", "models.auto.configuration_auto", "models.auto.modeling_auto"]
+names = [f"transformers.{name}" for name in names]
+for name in names * 2:
+    spec = importlib.util.find_spec(name)
+    assert copy.copy(spec.loader).get_source(name) == spec.loader.get_source(name) and name in repr(spec)
+import transformers
+from transformers.models.auto import configuration_auto
+assert transformers.PreTrainedConfig(layer_types=["gla", "based.convolution"], num_hidden_layers=2)
+assert "rnnzoo-gla" in configuration_auto.CONFIG_MAPPING and transformers.AutoModel
+for name in names:
+    module = sys.modules[name]
+    assert type(module.__loader__) is type(module.__spec__.loader) is type(copy.__loader__)
+    assert inspect.getsource(module) and pickle.loads(pickle.dumps(module.__spec__)) == module.__spec__
+importlib.reload(configuration_auto)
+print("rnnzoo-gla" in configuration_auto.CONFIG_MAPPING)
+""")
+    assert said == "True\n"
+
+
+OTHERS = {
+    "somebody's finder comes first": """
+import rnnzoo
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return importlib.machinery.PathFinder.find_spec(name, path) if name.endswith("_auto") else None
+sys.meta_path.insert(0, Finder)
+from transformers import AutoConfig, AutoModelForCausalLM
+""",
+    "two threads": """
+import threading
+def other():
+    from transformers import AutoModelForCausalLM
+threads = [threading.Thread(target=other), threading.Thread(target=importlib.import_module, args=["rnnzoo"])]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+from transformers import AutoConfig, AutoModelForCausalLM
+""",
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_others_do_with_imports_does_not_matter(case):
+    code = f"import importlib, importlib.machinery, sys\n{OTHERS[case]}"
+    code += "config = AutoConfig.for_model('rnnzoo-gla', vocab_size=7, hidden_size=32, num_hidden_layers=1)\n"
+    code += "print(type(AutoModelForCausalLM.from_config(config)).__name__)"
+    assert in_a_fresh_process(code) == "GLAForCausalLM\n"
+
+
 @pytest.mark.parametrize("name", architectures())
 def test_every_architecture_is_found_by_its_model_type(name):
     cls = config_class(name)

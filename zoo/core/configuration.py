@@ -11,8 +11,11 @@ from transformers import configuration_utils
 from transformers.configuration_utils import PreTrainedConfig
 
 from .registry import CONFIGS, config_class, has_mixer, known_mixers
+from .transformers_changes import allow_layer_types
 
 __all__ = ["RecurrentConfig"]
+
+allow_layer_types(configuration_utils)  # also where the Auto classes are left alone
 
 
 @strict
@@ -149,7 +152,6 @@ class RecurrentConfig(PreTrainedConfig):
             )
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise ValueError("A 'sliding_attention' layer needs sliding_window, the number of tokens that it sees.")
-        _make_known_to_transformers(self.layer_types)
 
     def validate_architecture(self) -> None:
         """Raises ValueError for sizes that do not fit together and for unknown choices."""
@@ -161,13 +163,6 @@ class RecurrentConfig(PreTrainedConfig):
         for field, allowed in (("norm_type", ("rms", "rms_offset", "layer")), ("mlp_type", ("gated", "plain"))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}.")
-
-
-def _make_known_to_transformers(layer_types: list[str]) -> None:
-    """Trainer reads the config.json of a checkpoint that it goes on from with transformers' base class, which refuses
-    layer types that are not in a list of its own."""
-    known = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
-    configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (*known, *sorted(set(layer_types) - set(known)))
 
 
 def _resolve_types(cls: type) -> None:
