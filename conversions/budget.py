@@ -10,7 +10,6 @@ import torch
 from ..kernels.errors import RnnzooError
 from ..zoo.core.registry import ATTENTION_TYPES
 from ..zoo.core.sizes import state_bytes
-from .recipes.stages import Measuring
 from .student import student_config
 
 if TYPE_CHECKING:
@@ -59,14 +58,17 @@ def state_costs(
     return Costs(least - token * kv_heads, token, feature, attention)
 
 
-def check_budget(teacher: TeacherRef, recipe: Recipe, types: list[str], dtype: torch.dtype) -> None:
+def check_budget(
+    teacher: TeacherRef, recipe: Recipe, types: list[str], dtype: torch.dtype, chooses_widths: bool
+) -> None:
     """Refuses a state budget that does not buy a window of one token for every kv head.
 
+    Args:
+        chooses_widths: of the linear states as well, so that these may be left out.
     Raises:
         RnnzooError: with the least that does.
     """
-    chooses = all(stage.feature_widths for stage in recipe.stages if isinstance(stage, Measuring))
-    costs = state_costs(teacher, recipe, types, dtype, chooses)
+    costs = state_costs(teacher, recipe, types, dtype, chooses_widths)
     kv_heads = teacher.family.student_config(teacher.config)["num_key_value_heads"]
     least = sum(kind not in ATTENTION_TYPES for kind in types) * (costs.layer + kv_heads * costs.token)
     if recipe.state_budget is not None and recipe.state_budget < least:

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 
+from ..cards import render_card
 from ..kernels.errors import RnnzooError
+from .context import Progress, StageContext
+from .data import open_corpus
 from .energy import check_energy, measured_energy
-from .job import Job, Progress
-from .offload import check_offload
-from .prepare import check_batches, prepare_recipe
+from .pipeline import Pipeline
 from .processes import Processes
 from .recipes import Recipe
-from .run import FINISHED, Run, alone_in, holds_run, join_run, open_run
-from .stage_inputs import check_inputs
+from .recipes.prepare import check_inputs, check_offload, check_processes, prepare_recipe
+from .results import evaluated_results, write_results
+from .run_folder import FINISHED, Run, alone_in, holds_run, join_run, open_run
 from .teachers import TeacherRef, resolve_teacher
 from .teachers.files import user_errors
 
@@ -84,13 +86,11 @@ def convert(
     def checked() -> tuple[TeacherRef, Recipe, dict[str, Any]]:
         found = resolve_teacher(teacher, revision=revision)
         chosen = prepare_recipe(recipe, found, **own, dtype=getattr(torch, dtype))
-        check_batches(chosen, found, processes.count)
+        check_processes(chosen, found, processes.count)
         if offload:
             check_offload(chosen, data, processes.count)
         fresh = main and (restart or not holds_run(out))
         if data and fresh:
-            from .data import open_corpus
-
             # Unusable data must be told before an earlier run is discarded.
             next(open_corpus(data, text_field).documents("training"), None)
         return found, chosen, check_inputs(chosen, found, chat_data, look=fresh)
@@ -117,28 +117,33 @@ def convert(
             return run
 
         run = processes.first(opened)
-        silent: Progress = lambda *_: None  # noqa: E731
-        said = (main and progress) or silent
-        job = Job(run, found, chosen, data, text_field, seed, getattr(torch, dtype), said)
-        job.checkpointing = activation_checkpointing
-        job.ladder, job.offload = evaluate and not offload, offload
-        job.chat_data = chat_data
+        context = StageContext(
+            run.folder,
+            found,
+            chosen,
+            data=data,
+            text_field=text_field,
+            chat_data=chat_data,
+            seed=seed,
+            dtype=getattr(torch, dtype),
+            checkpointing=activation_checkpointing,
+            progress=progress if main else None,
+        )
+        measured = evaluate and not offload
+        pipeline = Pipeline(run, context, offload=offload, ladder=measured)
+
+        def results() -> dict[str, Any]:
+            value = evaluated_results(run, context) if measured else write_results(run, context)
+            render_card(run.out)
+            return value
+
         try:
             with user_errors(f"The conversion into {out} stopped, and the same command will go on with it"):
                 if run.record(FINISHED) is None:
                     with measured_energy(energy if main else None, run.folder):
-                        job.stages()
-                return processes.only(lambda: _results(job)) or {}
+                        pipeline.complete()
+                return processes.only(results) or {}
         except RnnzooError:
             if main:
                 run.discard()
             raise
-
-
-def _results(job: Job) -> dict[str, Any]:
-    """results.json, with measurements where they are asked for, and the card."""
-    results = job.evaluate() if job.ladder else job.results()
-    from ..cards import render_card
-
-    render_card(job.run.out)
-    return results

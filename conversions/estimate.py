@@ -9,7 +9,7 @@ device (1), B tokens of a step, L layers, D width, I intermediate width, H query
     forward(model) = 2 * parameters + 2 T H d L_a              L_a layers of attention, causal: half of T x T
     train          = forward(teacher) + 2 forward(student) + 2 M     (+ forward(student) again with checkpointing)
     align          = forward(teacher) + 4 X + 2 M
-    calibrate      = 6 P
+    calibrate      = 3 forward(teacher)                                                    (allocate as well)
 
 A stage of training whose loss asks nothing of the teacher has no forward(teacher).
 
@@ -41,18 +41,18 @@ with checkpointing; sharded; sharded with checkpointing; that with offload.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ..zoo.core.configuration import RecurrentConfig
+from ..zoo.core.heads import RecurrentForCausalLM
 from ..zoo.core.registry import ATTENTION_TYPES
 from .devices import CPU, Device, parse_devices
 from .recipes import Recipe
-from .recipes.stages import EndToEnd, Stage, TrainedStage
+from .stages import Stage
+from .stages.parameters import parts_of
 from .teachers import TeacherRef
-
-if TYPE_CHECKING:
-    from ..zoo.core.configuration import RecurrentConfig
 
 __all__ = ["Sizes", "estimate", "flops_per_token", "memory_bytes"]
 
@@ -88,9 +88,6 @@ class Sizes:
 
     @staticmethod
     def of(teacher: TeacherRef, config: RecurrentConfig) -> Sizes:
-        from ..zoo.core.heads import RecurrentForCausalLM
-        from .stages.parameters import parts_of
-
         with torch.device("meta"):
             student = RecurrentForCausalLM(config)
         count = dict.fromkeys(("new", "mixers", "attention", "rest"), 0)
@@ -114,18 +111,10 @@ def flops_per_token(sizes: Sizes, stage: Stage, seq_len: int, checkpointing: boo
     across = 2.0 * seq_len * config.num_attention_heads * config.head_dim
     teacher = 2.0 * (sizes.teacher - sizes.table) + across * sizes.attention[0]
     student = 2.0 * (sizes.student - sizes.table) + across * sizes.attention[1]
-    if stage.kind == "calibrate":
-        return 6.0 * sizes.teacher
-    if stage.kind == "align":
-        return teacher + 4.0 * sizes.mixers + 2.0 * sizes.trained(stage)
-    if not isinstance(stage, TrainedStage):
-        return 0.0
-    passes = 3 if checkpointing else 2
-    return (teacher if _asks_teacher(stage) else 0.0) + passes * student + 2.0 * sizes.trained(stage)
-
-
-def _asks_teacher(stage: Stage) -> bool:
-    return stage.asks_teacher() if isinstance(stage, EndToEnd) else True
+    cost = stage.cost()
+    again = 1.0 if checkpointing and cost.student else 0.0
+    passes = cost.teacher * teacher + (cost.student + again) * student + 2.0 * cost.mixers * sizes.mixers
+    return passes + 2.0 * cost.gradients * sizes.trained(stage)
 
 
 def memory_bytes(sizes: Sizes, trained: int, seq_len: int, count: int, layout: tuple[str, bool, bool, bool]) -> float:
@@ -184,12 +173,10 @@ def estimate(devices: str, teacher: TeacherRef, recipe: Recipe, config: Recurren
     layout = layouts[best]
     seconds, tokens, limits = 0.0, 0, {}
     for stage in recipe.stages:
-        trains = isinstance(stage, TrainedStage)
-        used = int(recipe.tokens * stage.share) if trains else 0
-        read = recipe.calibration_tokens if stage.kind == "calibrate" else 0
-        work = read * flops_per_token(sizes, stage, recipe.seq_len)
-        seconds += work / (device.flops * device.utilisation * (count if cores else 1))  # by one process
-        if used:
+        if not stage.together:
+            work = (stage.tokens_read(recipe) or 0) * flops_per_token(sizes, stage, recipe.seq_len)
+            seconds += work / (device.flops * device.utilisation * (count if cores else 1))  # by one process
+        elif used := int(recipe.tokens * stage.share):
             parts = _step_seconds(sizes, stage, recipe, rows, count, device, layout)
             spent = max(parts.values()) * used / (rows * recipe.seq_len)
             seconds, tokens = seconds + spent, tokens + used

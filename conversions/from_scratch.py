@@ -18,7 +18,7 @@ from ..zoo.core.sizes import causal_lm_class
 from .data import Corpus, PackedTokens, TextHashes, corpus_from_texts, pack
 from .processes import Processes
 from .results import write_training_results
-from .run import FINISHED, Run, write_json
+from .run_folder import FINISHED, Run, write_json
 from .stages.training import CHECKPOINTS, read_metrics, run_trainer
 from .train_config import TrainSettings, architecture_of
 

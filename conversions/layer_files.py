@@ -103,7 +103,7 @@ class SmallStreams:
                     stream = Stream(saved[name][i : i + 1], ctx, carried)
                 else:
                     embedded = torch.nn.functional.embedding(data[i]["input_ids"][None], embeddings)
-                    dtype = layers.job.dtype if name == "theirs" else torch.float32
+                    dtype = layers.context.dtype if name == "theirs" else torch.float32
                     stream = Stream(model.model.enter(embedded.to(dtype)), ctx)
                 getattr(self, name).append(stream)
 

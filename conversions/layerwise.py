@@ -22,39 +22,42 @@ from ..zoo.core.layers import make_norm
 from ..zoo.core.registry import ATTENTION_TYPES, mixer_class
 from ..zoo.core.rotary import RotaryFrequencies
 from ..zoo.core.sizes import causal_lm_class
+from .context import StageContext
 from .layer_files import HiddenFiles, SmallStreams, read_tensors, write_tensors
 from .mapped import MappedTeacher, block_of, new_mixer
 from .memory import return_freed_memory
 from .precision import mixed_precision
 from .processes import rows_per_step
 from .recipes import Recipe
-from .recipes.stages import Align, Calibrate
-from .run import write_json
-from .stages.train import next_tokens
+from .run_folder import Run, write_json
+from .stages.align import Align
+from .stages.calibrate import Calibrate
+from .stages.training import next_tokens
 from .student import layer_types, student_config
 
 if TYPE_CHECKING:
     from ..zoo.core.model import RecurrentBlock
     from .data import PackedTokens
     from .fit.closed_form import Stream
-    from .job import Job
 
 __all__ = ["Layers"]
 
 
 class Layers:
-    """Teacher and student of a job, layer by layer."""
+    """Teacher and student of a conversion, layer by layer."""
 
-    def __init__(self, job: Job, kept: list[int]):
-        self.job, self.kept = job, kept
-        self.teacher = MappedTeacher(job.teacher)
-        self.folder = job.run.folder / "layers"
-        own = job.teacher.family.attention_types(job.teacher.config)
-        self.twin_config = student_config(job.teacher, Recipe("twin", "full_attention", []), own)
-        self.config = student_config(job.teacher, job.recipe, layer_types(job.teacher, job.recipe, kept))
-        self.count, self.bf16 = len(own), job.dtype == torch.bfloat16
+    def __init__(self, run: Run, context: StageContext, kept: list[int]):
+        self.run, self.context, self.kept = run, context, kept
+        self.teacher = MappedTeacher(context.teacher)
+        self.folder = run.folder / "layers"
+        own = context.teacher.family.attention_types(context.teacher.config)
+        self.twin_config = student_config(context.teacher, Recipe("twin", "full_attention", []), own)
+        self.config = student_config(
+            context.teacher, context.recipe, layer_types(context.teacher, context.recipe, kept)
+        )
+        self.count, self.bf16 = len(own), context.dtype == torch.bfloat16
         with torch.device("meta"):
-            self.skeleton: Any = causal_lm_class(job.recipe.student)(self.config)
+            self.skeleton: Any = causal_lm_class(context.recipe.student)(self.config)
             self.twin_skeleton: Any = causal_lm_class("full_attention")(self.twin_config)
         for skeleton, config in ((self.skeleton, self.config), (self.twin_skeleton, self.twin_config)):
             skeleton.model.rotary = RotaryFrequencies(config)
@@ -64,10 +67,10 @@ class Layers:
         weights, shared = self.teacher.layer(number)
         attention = mixer_class(self.twin_config.layer_types[number])(self.twin_config, number)
         attention.init_from_attention(weights)
-        theirs = block_of(self.twin_config, number, attention.to(self.job.dtype), shared, self.job.dtype)
+        theirs = block_of(self.twin_config, number, attention.to(self.context.dtype), shared, self.context.dtype)
         mixer = mixer_class(self.config.layer_types[number])(self.config, number)
         mixer.load_state_dict(read_tensors(self.mixer_file(previous, number)))
-        ours = block_of(self.config, number, mixer, shared, self.job.dtype)
+        ours = block_of(self.config, number, mixer, shared, self.context.dtype)
         for norm in (ours.input_layernorm, ours.post_attention_layernorm):
             if norm is not None:
                 norm.float()  # as in a student that is whole in memory
@@ -98,9 +101,9 @@ class Layers:
         started = time.monotonic()
         for number in range(self.done("initialise"), self.count):
             weights, _ = self.teacher.layer(number)
-            mixer = new_mixer(self.config, number, weights, self.job.seed + number, self.skeleton)
+            mixer = new_mixer(self.config, number, weights, self.context.seed + number, self.skeleton)
             write_tensors(self.mixer_file("initialise", number), mixer.state_dict())
-            self.job.progress("initialise", number + 1, self.count, {})
+            self.context.progress("initialise", number + 1, self.count, {})
         return {"tokens": 0, "kept": self.kept, "seconds": round(time.monotonic() - started, 1)}
 
     @torch.no_grad()
@@ -108,10 +111,10 @@ class Layers:
         from .fit.closed_form import ClosedForm
 
         started = time.monotonic()
-        data = self.job.packed("calibration", self.job.recipe.calibration_tokens)
+        data = self.context.calibration()
         alone = len(data) >= 3  # as `calibrate.fit_if_better` has it
         fitted, judged = (data.rows(0, len(data) - 1), data.rows(len(data) - 1, 1)) if alone else (data, data)
-        parts = stage.chosen(self.job.recipe)
+        parts = stage.chosen(self.context.recipe)
         how = ClosedForm([part for part in parts if part != "features"], stage.ridge, stage.correct, stage.weighting)
         first = self.done(stage.name)
         streams = SmallStreams(self, self.folder / stage.name, fitted, judged, first)
@@ -126,7 +129,7 @@ class Layers:
             streams.forget(number)
             del theirs, ours
             return_freed_memory()
-            self.job.progress(stage.name, number + 1, self.count, {})
+            self.context.progress(stage.name, number + 1, self.count, {})
         reports = self.reports(stage.name)
         found = {f"error_{name}": sum(r[name] for r in reports) / max(1, len(reports)) for name in ("before", "after")}
         if how.parts:
@@ -197,21 +200,23 @@ class Layers:
         with mixed_precision("cpu", False):
             rotation = self.twin_skeleton.model.rotary.get(torch.arange(len(heads[0])))
             for head in range(seen.k.shape[1]):
-                fit_head(mixer, seen, head, rotation, self.job.seed)
+                fit_head(mixer, seen, head, rotation, self.context.seed)
 
     def align(self, stage: Align, previous: str, data: PackedTokens) -> dict[str, Any]:
         started = time.monotonic()
-        per_step = rows_per_step(self.job.recipe.batch_tokens, data.seq_len, len(data), 1)
+        per_step = rows_per_step(self.context.recipe.batch_tokens, data.seq_len, len(data), 1)
         steps = max(1, len(data) // per_step)
         first = self.done(stage.name)
         folder = self.folder / stage.name
-        hidden = HiddenFiles(folder, (steps * per_step, data.seq_len, self.config.hidden_size), self.job.dtype)
+        hidden = HiddenFiles(folder, (steps * per_step, data.seq_len, self.config.hidden_size), self.context.dtype)
         if first == 0:
             table = self.embedded()
             with hidden.new(0) as whole:
                 for row in range(len(whole)):
                     ids = data[row]["input_ids"]
-                    whole[row] = self.twin_skeleton.model.enter(nn.functional.embedding(ids, table)).to(self.job.dtype)
+                    whole[row] = self.twin_skeleton.model.enter(nn.functional.embedding(ids, table)).to(
+                        self.context.dtype
+                    )
             del table
         for number in range(first, self.count):
             theirs, ours = self.pair(number, previous)
@@ -271,7 +276,7 @@ class Layers:
             done = number * steps + step + 1
             tokens = per_step * data.seq_len
             told = {"layer": number} | ({"loss": total} if losses else {})
-            self.job.progress(stage.name, done * tokens, self.count * steps * tokens, told)
+            self.context.progress(stage.name, done * tokens, self.count * steps * tokens, told)
         if not losses:
             return None
         if not math.isfinite(losses[-1]):
@@ -294,7 +299,7 @@ class Layers:
 
     def publish(self, stage: str) -> None:
         """The finished model, a file a layer, into OUT."""
-        whole = self.job.run.folder / "model"
+        whole = self.run.folder / "model"
         shutil.rmtree(whole, ignore_errors=True)
         whole.mkdir()
         parts = self.count + 1
@@ -309,18 +314,18 @@ class Layers:
                 tensors = {prefix + name: tensor for name, tensor in self.teacher.layer(number)[1].items()}
                 mixer = read_tensors(self.mixer_file(stage, number))
                 tensors |= {f"{prefix}mixer.{name}": tensor for name, tensor in mixer.items()}
-            tensors = {name: tensor.to(self.job.dtype).contiguous() for name, tensor in tensors.items()}
+            tensors = {name: tensor.to(self.context.dtype).contiguous() for name, tensor in tensors.items()}
             write_tensors(whole / file, tensors)
             where |= dict.fromkeys(tensors, file)
             size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             del tensors
             return_freed_memory()
         write_json(whole / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
-        self.config.dtype = self.job.dtype
+        self.config.dtype = self.context.dtype
         self.config.save_pretrained(whole)
         self.skeleton.generation_config.save_pretrained(whole)
-        self.job.tokenizer.save_pretrained(whole)
-        self.job.run.publish_folder(whole)
+        self.context.tokenizer.save_pretrained(whole)
+        self.run.publish_folder(whole)
 
 
 class Learner:

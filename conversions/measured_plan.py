@@ -7,21 +7,16 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from ..kernels.errors import RnnzooError
-from .recipes import kept_layers
-from .recipes.stages import Measuring
-from .run import Run
-from .selection import default_path, rank_layers, save_ranking
+from .context import StageContext
+from .ranking import default_path, rank_layers, save_ranking
+from .recipes import Recipe, kept_layers
+from .run_folder import FOLDER
+from .stages import Stage
 from .student import layer_types
-
-if TYPE_CHECKING:
-    from .job import Job, Progress
-    from .recipes import Recipe
-    from .teachers import TeacherRef
+from .teachers import TeacherRef
 
 __all__ = [
     "allocated_options",
@@ -29,57 +24,45 @@ __all__ = [
     "check_allocation",
     "measured_allocation",
     "measured_ranking",
-    "temporary_job",
+    "temporary_context",
 ]
 
 
 @contextlib.contextmanager
-def temporary_job(
-    teacher: TeacherRef, recipe: Recipe, data: list[str] | None, text_field: str, progress: Progress | None
-) -> Iterator[Job]:
-    """A conversion that is not to be run, for what its first stages would measure."""
-    from .job import Job
-
+def temporary_context(teacher: TeacherRef, recipe: Recipe, **options: Any) -> Iterator[StageContext]:
+    """Of a conversion that is not to be run, for what its first stages would measure."""
     with tempfile.TemporaryDirectory(prefix="rnnzoo-plan-") as folder:
-        run = Run(Path(folder), {}, [])
-        run.folder.mkdir()
-        yield Job(run, teacher, recipe, data, text_field, 0, torch.bfloat16, progress or (lambda *_: None))
+        yield StageContext(Path(folder), teacher, recipe, **options)
 
 
-def measured_ranking(job: Job, path: str | None) -> dict[str, Any]:
+def measured_ranking(context: StageContext, path: str | None) -> dict[str, Any]:
     """Ranks the layers and keeps the ranking in a file, whose path it adds; see `rank_layers`."""
-    found = rank_layers(job)
-    where = Path(path).expanduser() if path else default_path(job.teacher, job.recipe)
+    found = rank_layers(context)
+    where = Path(path).expanduser() if path else default_path(context.teacher, context.recipe)
     save_ranking(where, found)
     return {"file": str(where)} | found
 
 
-def check_allocation(recipe: Recipe) -> Measuring:
+def check_allocation(recipe: Recipe) -> Stage:
     """The stage that divides the budget.
 
     Raises:
         RnnzooError: there is none, or no budget.
     """
-    stages = [stage for stage in recipe.stages if isinstance(stage, Measuring)]
-    if recipe.state_budget is None or not stages:
+    found = next((stage for stage in recipe.stages if stage.divides_budget(recipe)), None)
+    if recipe.state_budget is None or found is None:
         raise RnnzooError(
             f"--allocate divides a state budget, but the recipe {recipe.name} with {recipe.student} layers has none; "
             "choose a recipe with a state_budget, such as rnnzoo."
         )
-    return stages[0]
+    return found
 
 
-def measured_allocation(job: Job) -> dict[str, Any]:
+def measured_allocation(context: StageContext) -> dict[str, Any]:
     """Where the recipe's state budget goes, as its first calibration would have it."""
-    from .fit.spend import spend_budget
-
-    recipe = job.recipe
-    types = layer_types(job.teacher, recipe, kept_layers(recipe, job.teacher.config.num_hidden_layers))
-    data = job.packed("calibration", recipe.calibration_tokens)
-    report = lambda done, total: job.progress("allocate", done, total, {})  # noqa: E731
-    stage = check_allocation(recipe)
-    _, record = spend_budget(job.teacher, job.twin, recipe, stage, types, data, job.dtype, job.seed, progress=report)
-    return record
+    teacher, recipe = context.teacher, context.recipe
+    types = layer_types(teacher, recipe, kept_layers(recipe, teacher.config.num_hidden_layers))
+    return check_allocation(recipe).divide_budget(context, types)
 
 
 def allocated_options(allocation: dict[str, Any], layers: int) -> tuple[dict[str, Any], list[int]]:
@@ -96,7 +79,7 @@ def allocation_of_run(folder: str) -> dict[str, Any]:
     Raises:
         RnnzooError: no run, or none that has divided a budget.
     """
-    path = Run(Path(folder), {}, []).folder / "run.json"
+    path = Path(folder) / FOLDER / "run.json"
     try:
         stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
         found = [stage["allocation"] for stage in stages if "allocation" in stage]

@@ -5,31 +5,29 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..kernels.errors import RnnzooError
 from ..zoo.core.registry import ATTENTION_TYPES
 from ..zoo.core.sizes import parameter_count, state_bytes
+from .context import Progress
 from .devices import FLOPS_PER_CORE, parse_devices
+from .estimate import estimate
 from .measured_plan import (
     allocated_options,
     allocation_of_run,
     check_allocation,
     measured_allocation,
     measured_ranking,
-    temporary_job,
+    temporary_context,
 )
-from .prepare import prepare_recipe
 from .recipes import keep_steps, kept_layers
 from .recipes.keep import needs_ranking
-from .recipes.stages import OwnData
+from .recipes.prepare import prepare_recipe
 from .student import layer_types, student_config
 from .teachers import resolve_teacher
-
-if TYPE_CHECKING:
-    from .job import Progress
 
 __all__ = ["Plan", "make_plan"]
 
@@ -92,13 +90,13 @@ def make_plan(
             raise RnnzooError(f"keep {chosen.keep} takes layers from a ranking; give --select or --ranking as well.")
     measured: dict[str, Any] = {} if run is None else {"allocation": allocation_of_run(run)}
     if measures:
-        with temporary_job(found, chosen, data, text_field, progress) as job:
+        with temporary_context(found, chosen, data=data, text_field=text_field, progress=progress) as context:
             if select:
-                measured["ranking"] = measured_ranking(job, ranking)
+                measured["ranking"] = measured_ranking(context, ranking)
                 if needs_ranking(chosen.keep):
-                    chosen = job.recipe = dataclasses.replace(chosen, ranking=measured["ranking"]["order"])
+                    chosen = context.recipe = dataclasses.replace(chosen, ranking=measured["ranking"]["order"])
             if allocate:
-                measured["allocation"] = measured_allocation(job)
+                measured["allocation"] = measured_allocation(context)
     config = found.config
     kept = kept_layers(chosen, config.num_hidden_layers)
     decided = bool(chosen.ranking) or not needs_ranking(chosen.keep)
@@ -118,19 +116,11 @@ def make_plan(
     flops = 0.0
     stages = []
     for stage in chosen.stages:
-        reads = stage.kind in ("calibrate", "allocate")
-        used = chosen.calibration_tokens if reads else int(chosen.tokens * stage.share)
-        if isinstance(stage, OwnData):
-            from .stages.examples import estimated_tokens
-
-            used = estimated_tokens(stage, chosen, chat_data)
-        passes = 6 if reads else 8
-        flops += passes * found.parameters * (used or 0)
+        used = stage.tokens_read(chosen, chat_data)
+        flops += (8 if stage.together else 6) * found.parameters * (used or 0)
         stages.append({"stage": stage.name, "kind": stage.kind, "tokens": used, "trains": stage.trainable()})
     on_devices = {}
     if devices is not None:
-        from .estimate import estimate
-
         on_devices = {"devices": estimate(devices, found, chosen, built)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import platform
@@ -16,24 +17,25 @@ import yaml
 
 from ..zoo.core.configuration import RecurrentConfig
 from ..zoo.core.sizes import causal_lm_class, layer_state_bytes, parameter_count, state_bytes, window_bytes
+from .context import StageContext
+from .data import PackedTokens, TextHashes, refuse_overlap
 from .energy import energy_record
-from .recipes import Recipe
-from .run import FINISHED, RANKING, Run, write_json
-from .teachers import TeacherRef
+from .evaluation import Dataset, evaluate
+from .evaluation.limits import LIMITS
+from .run_folder import FINISHED, RANKING, Run, write_json
 
-__all__ = ["write_results", "write_training_results"]
+__all__ = ["evaluated_results", "write_results", "write_training_results"]
 
 
-def write_results(run: Run, recipe: Recipe, teacher: TeacherRef, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+def write_results(run: Run, context: StageContext) -> dict[str, Any]:
     """Writes everything but the evaluation; what results.json holds of that stays."""
+    recipe, dtype = context.recipe, context.dtype
     config = causal_lm_class(recipe.student).config_class.from_pretrained(run.out)
     done = [stage for stage in run.stages if stage["name"] != FINISHED]
     shown = [{k: v for k, v in stage.items() if k not in ("student", "kept", "teacher_perplexity")} for stage in done]
     text = yaml.safe_dump(_without_folders(recipe.to_dict()), sort_keys=False)
     records = {}
     for file in sorted((run.folder / "data").glob("*.safetensors")):
-        from .data import PackedTokens
-
         records[file.stem] = PackedTokens.load(file).record()
     for file in sorted((run.folder / "data").glob("*.json")):  # of examples, which a stage has of its own
         records[file.stem] = json.loads(file.read_text(encoding="utf-8"))
@@ -44,13 +46,13 @@ def write_results(run: Run, recipe: Recipe, teacher: TeacherRef, dtype: torch.dt
         "feature_widths": getattr(config, "feature_widths", None),
         "window_bits": getattr(config, "ring_bits", None),
     }
-    results["teacher"] = (results.get("teacher") or {}) | teacher.record()
+    results["teacher"] = (results.get("teacher") or {}) | context.teacher.record()
     digest = hashlib.sha256(text.encode()).hexdigest()
     results["recipe"] = {"name": recipe.name, "sha256": digest, "yaml": text}
     training = [stage for stage in done if "loss_first" in stage]
     results["conversion"] = (results.get("conversion") or {}) | {
         "tokens": sum(stage["tokens"] for stage in training),
-        "seed": seed,
+        "seed": context.seed,
         "seconds": sum(stage.get("seconds", 0) for stage in done),
         "hardware": _hardware(),
         "stages": shown,
@@ -65,6 +67,31 @@ def write_results(run: Run, recipe: Recipe, teacher: TeacherRef, dtype: torch.dt
     results["conversion"] |= {name: value for name, value in later.items() if value}
     write_json(run.out / "results.json", results)
     return results
+
+
+def evaluated_results(run: Run, context: StageContext) -> dict[str, Any]:
+    """The same, and the student measured on text held out from the data, beside the teacher."""
+    texts = context.evaluation_texts
+    hashes = TextHashes.of(texts, "evaluation")
+    for file in sorted((run.folder / "data").glob("*.safetensors")):
+        refuse_overlap(hashes, PackedTokens.load(file).hashes)
+    results = write_results(run, context)
+    data = results["conversion"]["data"]
+    # A run that neither calibrates nor trains has packed no text.
+    source = [data[name]["source"] for name in ("training", "calibration") if name in data] or [context.corpus.source]
+    characters = sum(map(len, texts))
+    data["evaluation"] = {"sha256": hashes.sha256, "source": source[0], "characters": characters}
+    write_json(run.out / "results.json", results)
+    # Beyond the positions that it was trained on, the teacher is no measure of anything.
+    window = min(LIMITS["quick"].windows[0], context.teacher.config.max_position_embeddings)
+    return evaluate(
+        run.out,
+        teacher=context.teacher,
+        datasets=[Dataset.of_texts("held-out text", texts)],
+        limits=dataclasses.replace(LIMITS["quick"], windows=(window,)),
+        dtype=context.dtype,
+        progress=context.progress,
+    )
 
 
 def write_training_results(

@@ -18,7 +18,7 @@ from .data import open_corpus
 from .energy import check_energy, measured_energy
 from .from_scratch import Progress, TrainingFromScratch
 from .processes import Processes
-from .run import FINISHED, alone_in, join_run, open_run
+from .run_folder import FINISHED, alone_in, join_run, open_run
 from .teachers.files import hub_reachable, user_errors
 from .train_config import TrainSettings, architecture_of, new_config
 

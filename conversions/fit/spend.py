@@ -11,7 +11,7 @@ from ...kernels.errors import RnnzooError
 from ...zoo.core.registry import ATTENTION_TYPES
 from ...zoo.core.sizes import layer_state_bytes, state_bytes
 from ..budget import state_costs
-from ..student import build_student, continue_from, student_config
+from ..student import student_config
 from .allocation import Allocation, allocate
 from .state_errors import Measured, measure_states
 
@@ -19,37 +19,17 @@ if TYPE_CHECKING:
     from ...zoo.core.configuration import RecurrentConfig
     from ...zoo.core.heads import RecurrentForCausalLM
     from ..data import PackedTokens
-    from ..job import Job, Part
     from ..recipes import Recipe
-    from ..recipes.stages import Measuring
     from ..teachers import TeacherRef
 
-__all__ = ["allocated_config", "reallocated_config", "spend_budget", "with_state"]
-
-
-def with_state(job: Job, stage: Measuring, student: Any, data: PackedTokens, part: Part) -> tuple[Any, dict[str, Any]]:
-    """The student with its budget divided among its layers, all that is trained as it was, and a record of it.
-
-    Layers that are not new in this part keep the width of their linear state.
-    """
-    types, fixed = student.config.layer_types, {}
-    old = [i for i, kind in enumerate(types) if kind not in ATTENTION_TYPES and i not in part.fresh]
-    if stage.feature_widths:
-        fixed = {i: feature_widths(student.config)[i] for i in old}
-    report = lambda done, total: job.progress(part.name, done, total, {})  # noqa: E731
-    config, record = spend_budget(
-        job.teacher, job.twin, job.recipe, stage, types, data, job.dtype, job.seed, fixed, old, report
-    )
-    sized = build_student(job.teacher, job.model, config, job.recipe.student, torch.float32, job.seed)
-    continue_from(sized, student)
-    return sized, record
+__all__ = ["allocated_config", "feature_widths", "reallocated_config", "spend_budget"]
 
 
 def spend_budget(
     teacher: TeacherRef,
     twin: RecurrentForCausalLM,
     recipe: Recipe,
-    stage: Measuring,
+    stage: Any,
     types: list[str],
     data: PackedTokens,
     dtype: torch.dtype,
@@ -76,7 +56,7 @@ def spend_budget(
 def allocated_config(
     teacher: TeacherRef,
     recipe: Recipe,
-    stage: Measuring,
+    stage: Any,
     types: list[str],
     measured: Measured,
     dtype: torch.dtype,

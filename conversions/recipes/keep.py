@@ -1,17 +1,27 @@
-"""Which layers stay attention: from the words of `keep` to numbers of layers, at the end and at each step."""
+"""Which layers stay attention: from the words of `keep` to numbers of layers, at the end and at each step.
+
+And, of a recipe that converts step by step, which stages run at a step, on how many tokens.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ...kernels.errors import RnnzooError
+from .recipe import Recipe
 
-if TYPE_CHECKING:
-    from . import Recipe
-
-__all__ = ["check_ranking", "keep_steps", "kept_layers", "needs_ranking", "parse_keep", "written"]
+__all__ = [
+    "check_ranking",
+    "keep_steps",
+    "kept_layers",
+    "needs_ranking",
+    "parse_keep",
+    "stage_steps",
+    "stage_tokens",
+    "written",
+]
 
 EXPECTED = (
     "neither none, a share such as 1/4, nor layer numbers such as 0,8,16, nor first, last or best with a number or a "
@@ -120,3 +130,24 @@ def keep_steps(recipe: Recipe, layers: int) -> list[str]:
 def written(layers: Sequence[int]) -> str:
     """Numbers of layers as `parse_keep` reads them."""
     return ",".join(map(str, layers)) or "none"
+
+
+def stage_steps(recipe: Recipe, stage: Any, layers: int) -> list[bool]:
+    """Of which of the `keep_steps` a stage is part."""
+    kept = [len(parse_keep(keep, layers)) for keep in keep_steps(recipe, layers)]
+    last, half = len(kept) - 1, layers // 2
+    return [
+        {
+            "each": True,
+            "last": number == last,
+            "up to half": left >= half or number == 0,
+            "from half": left <= half or number == last,
+        }[stage.steps]
+        for number, left in enumerate(kept)
+    ]
+
+
+def stage_tokens(recipe: Recipe, stage: Any, layers: int) -> list[int]:
+    """Training tokens of a stage at each of the `keep_steps`: its share in equal parts, 0 where it has no part."""
+    part = stage_steps(recipe, stage, layers)
+    return [int(recipe.tokens * stage.share / sum(part)) if chosen else 0 for chosen in part]

@@ -1,21 +1,39 @@
-"""Stages of a conversion: a module for each kind, with the one function `run`."""
+"""The kinds of stages that a recipe may name, each in a file of its own: its settings, and what it does.
+
+calibrate   closed forms, no training            train    the whole model, on the training text
+allocate    windows of a trained student         extend   the same on longer rows, the state passed on
+align       every layer by itself                sft      chats                     dpo   preferences
+"""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from ..job import Job, Part
-    from ..recipes.stages import Stage
+from .align import Align
+from .allocate import Allocate
+from .base import Stage, TrainedStage
+from .calibrate import Calibrate
+from .dpo import Dpo
+from .extend import Extend
+from .sft import Sft
+from .train import Train
 
-__all__ = ["run_stage"]
+__all__ = ["KINDS", "Stage", "TrainedStage", "register_stage"]
+
+KINDS: dict[str, type[Stage]] = {
+    "calibrate": Calibrate,
+    "allocate": Allocate,
+    "align": Align,
+    "train": Train,
+    "extend": Extend,
+    "sft": Sft,
+    "dpo": Dpo,
+}
+
+S = TypeVar("S", bound=type[Stage])
 
 
-def run_stage(job: Job, stage: Stage, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
-    """The student after a stage (in float32), and what run.json and results.json record of it.
-
-    A stage that trains returns `tokens`, `seconds`, `loss_first`, `loss_last`; the others at least `tokens` (read, not
-    trained on) and `seconds`. A stage may change the student given or return another one.
-    """
-    return importlib.import_module(f".{stage.kind}", __name__).run(job, stage, student, part)
+def register_stage(cls: S) -> S:
+    """Adds a kind to the table, under the default of its field `kind`; a decorator for kinds that live elsewhere."""
+    KINDS[cls.kind] = cls
+    return cls

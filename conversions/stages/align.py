@@ -7,28 +7,110 @@ teacher's attention made of the teacher's: `layer_targets.py` says what is compa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.errors import RnnzooError
+from ...zoo.core.configuration import RecurrentConfig
+from ...zoo.core.heads import RecurrentForCausalLM
 from ...zoo.core.registry import ATTENTION_TYPES
-from .layer_targets import LOSSES, mixer_inputs, seen_layers, what_it_does
+from ..context import Part, StageContext
+from ..recipes import Recipe
+from ..teachers import TeacherRef
+from .base import Cost, TrainedStage
+from .layer_targets import LOSSES, check_target, mixer_inputs, seen_layers, what_it_does
 from .parameters import decay_names, parts_of
-from .training import StageTrainer
+from .training import StageTrainer, train
 
-if TYPE_CHECKING:
-    from ...zoo.core.heads import RecurrentForCausalLM
-    from ..job import Job, Part
-    from ..recipes.stages import Align
+__all__ = ["Align", "AlignLayers", "aligned_parameters"]
 
-__all__ = ["AlignLayers", "aligned_parameters", "run"]
+TARGETS = {
+    "outputs": "the output",
+    "heads": "the outputs of the heads",
+    "matrices": "the matrix softmax(QK^T)",
+}
+ERRORS = {
+    "relative": "squared error over the target's square",
+    "mse": "mean squared error",
+    "norm": "norm of the error",
+}
+TRAINED = {
+    "new": ("new parameters", "what is new in the mixers"),
+    "features": ("new features", "what is new in the mixers but the decay"),
+    "mixers": ("mixers", "the mixers"),
+}
 
 
-def run(job: Job, stage: Align, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
-    """Trains what is new in the converted mixers, or all of these."""
-    return student, job.train(AlignLayers, student, stage, part, aligned_parameters(stage, student))
+@dataclass
+class Align(TrainedStage):
+    """Each mixer learns what its teacher layer does, on its own; the loss is a mean over the layers.
+
+    Attributes:
+        target: the layers' "outputs"; the outputs of their "heads", before the output projection; or their "matrices",
+            with which values are summed (softmax(QK^T) of attention).
+        loss: of the difference: "relative", its square over the target's; "mse", its mean square; "norm", the mean over
+            tokens of ||.||_2 / sqrt(width), of matrices the mean over heads of ||.||_F.
+        weight: factor of the loss.
+        inputs: of the mixers: hidden states of the "teacher", or those that the "student" makes itself; no gradient
+            goes from a layer into the one before.
+        order: all layers in "parallel", or "sequential", one after the other with an equal part of the steps each.
+        trains: what is "new" in the converted "mixers", or all of them; "features": what is new, but no decay.
+    """
+
+    kind: str = "align"
+    target: str = "outputs"
+    loss: str = "relative"
+    weight: float = 1.0
+    inputs: str = "teacher"
+    order: str = "parallel"
+    trains: str = "new"
+
+    def trainable(self) -> str:
+        return TRAINED[self.trains][0]
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        return super().choices() | {
+            "target": tuple(TARGETS),
+            "loss": tuple(ERRORS),
+            "inputs": ("teacher", "student"),
+            "order": ("parallel", "sequential"),
+            "trains": tuple(TRAINED),
+        }
+
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        if self.weight <= 0:
+            raise RnnzooError(f"weight is {self.weight:g}; it must be positive.")
+
+    def check_student(self, recipe: Recipe, teacher: TeacherRef, config: RecurrentConfig, dtype: torch.dtype) -> None:
+        super().check_student(recipe, teacher, config, dtype)
+        check_target(self.target, recipe.student, config)
+
+    def whole_model_because(self, recipe: Recipe) -> str | None:
+        if self.inputs != "teacher" or self.order != "parallel":
+            return "does not train all layers on the teacher's inputs (inputs: teacher, order: parallel)"
+        return "has window dropout" if self.window_dropout else None
+
+    def cost(self) -> Cost:
+        return Cost(teacher=1.0, mixers=2.0, gradients=1.0)
+
+    def rates(self) -> list[str]:
+        return super().rates() if self.trains == "mixers" else [f"{self.new_lr:g}"]
+
+    def describe(self, recipe: Recipe) -> list[str]:
+        inputs = "the teacher's hidden states" if self.inputs == "teacher" else "the student's own hidden states"
+        order = ", one layer after the other" if self.order == "sequential" else ""
+        weight = "" if self.weight == 1 else f" x {self.weight:g}"
+        words = f"each converted layer learns {TARGETS[self.target]} of its teacher layer, from {inputs}{order}"
+        return [words, ERRORS[self.loss] + weight, f"trains {TRAINED[self.trains][1]}", *super().describe(recipe)]
+
+    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+        """Trains what is new in the converted mixers, or all of these."""
+        trained = aligned_parameters(self, student)
+        return student, train(context, AlignLayers, student, self, part, trained, twin=context.twin)
 
 
 def aligned_parameters(stage: Align, student: RecurrentForCausalLM) -> Callable[[str], bool]:

@@ -1,34 +1,67 @@
-"""The windows of a trained student, measured and chosen again; see `trained_errors.py` and `allocation.py`."""
+"""The windows of a trained student, measured and chosen again; see `fit/trained_errors.py` and `fit/allocation.py`."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-
+from ...kernels.errors import RnnzooError
+from ..context import Part, StageContext
 from ..fit.spend import reallocated_config
 from ..fit.trained_errors import measure_trained
-from ..student import build_student, continue_from
+from ..recipes import Recipe
+from .base import Cost, Stage
 
-if TYPE_CHECKING:
-    from ..job import Job, Part
-    from ..recipes.stages import Allocate
-
-__all__ = ["run"]
+__all__ = ["Allocate"]
 
 
-def run(job: Job, stage: Allocate, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
-    """Other windows in as many bytes, the same weights."""
-    started = time.monotonic()
-    data = job.packed("calibration", job.recipe.calibration_tokens)
-    report = lambda done, total: job.progress(part.name, done, total, {})  # noqa: E731
-    measured = measure_trained(job.twin, student.eval(), data, job.seed, report)
-    config, record = reallocated_config(job.teacher, job.recipe, student.config, measured, job.dtype)
-    moved = build_student(job.teacher, job.model, config, job.recipe.student, torch.float32, job.seed)
-    continue_from(moved, student)
-    return moved, {
-        "tokens": data.num_tokens,
-        "seconds": round(time.monotonic() - started, 1),
-        "allocation": record,
-    }
+@dataclass
+class Allocate(Stage):
+    """The windows of a trained student measured again: tokens move to the heads where they now remove more error.
+
+    Weights and feature widths stay, and so does the state budget; reads the recipe's `calibration_tokens`.
+    """
+
+    kind: str = "allocate"
+
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        options = recipe.student_options
+        if recipe.student != "hedgehog" or options.get("feature_map") != "prototype" or recipe.state_budget is None:
+            raise RnnzooError(
+                "an allocate stage is for hedgehog layers with `feature_map: prototype` and a state_budget."
+            )
+
+    def for_student(self, student: str) -> Stage | None:
+        return self if student == "hedgehog" else None
+
+    def tokens_read(self, recipe: Recipe, chat_data: list[str] | None = None) -> int | None:
+        return recipe.calibration_tokens
+
+    def cost(self) -> Cost:
+        return Cost(teacher=3.0)
+
+    def describe(self, recipe: Recipe) -> list[str]:
+        return [
+            "windows move to where they remove the most error in the trained student; "
+            f"{recipe.calibration_tokens:,} tokens are read once",
+            *super().describe(recipe),
+        ]
+
+    def prepare(self, context: StageContext) -> None:
+        context.calibration()
+
+    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+        """Other windows in as many bytes, the same weights."""
+        started = time.monotonic()
+        data = context.calibration()
+        report = lambda done, total: context.progress(part.name, done, total, {})  # noqa: E731
+        measured = measure_trained(context.twin, student.eval(), data, context.seed, report)
+        config, record = reallocated_config(context.teacher, context.recipe, student.config, measured, context.dtype)
+        moved = context.rebuilt(config, student)
+        return moved, {
+            "tokens": data.num_tokens,
+            "seconds": round(time.monotonic() - started, 1),
+            "allocation": record,
+        }

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -20,13 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..context import Part, StageContext
 from ..data import PackedTokens
 from ..teachers.files import user_errors
-from .other_teacher import twin_of
-
-if TYPE_CHECKING:
-    from ..job import Job, Part
-    from ..recipes.stages import Train
+from .distilled import Distilled, twin_of
 
 __all__ = ["FOLDER", "CachedRows", "cached_rows", "likeliest", "repeated", "write_shards"]
 
@@ -78,12 +75,14 @@ def repeated(rows: Any, count: int, seed: int) -> Any:
     return _Repeated(rows, torch.cat(order)[:count])
 
 
-def cached_rows(job: Job, stage: Train, part: Part, rows: PackedTokens) -> tuple[CachedRows, dict[str, Any]]:
-    """The rows with predictions, made where they are missing; and what the stage reports of that."""
-    folder = job.run.folder / part.name / FOLDER
-    told = lambda done, total: job.progress(f"{part.name}, teacher", done, total, {})  # noqa: E731
-    vocabulary = job.teacher.config.vocab_size  # another teacher's head may have unused rows after these
-    per_shard = write_shards(lambda: twin_of(job, stage), rows, stage.cache_top_k, folder, told, vocabulary)
+def cached_rows(
+    context: StageContext, stage: Distilled, top: int, part: Part, rows: PackedTokens
+) -> tuple[CachedRows, dict[str, Any]]:
+    """The rows with the `top` predictions, made where they are missing; and what the stage reports of that."""
+    folder = context.folder / part.name / FOLDER
+    told = lambda done, total: context.progress(f"{part.name}, teacher", done, total, {})  # noqa: E731
+    vocabulary = context.teacher.config.vocab_size  # another teacher's head may have unused rows after these
+    per_shard = write_shards(lambda: twin_of(context, stage), rows, top, folder, told, vocabulary)
     files = sorted(folder.glob("*.safetensors"))
     seconds = 0.0
     for file in files:

@@ -2,46 +2,175 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ...kernels.errors import RnnzooError
-from ...zoo.core.registry import mixer_class
+from ...zoo.core.configuration import RecurrentConfig
+from ...zoo.core.registry import ATTENTION_TYPES, mixer_class
+from ..budget import check_budget
+from ..context import Part, StageContext
+from ..data import PackedTokens
+from ..evaluation.scoring import token_log_probs
 from ..fit.closed_form import ClosedForm, fit_layers, has_decay
 from ..fit.features import fit_features
 from ..fit.observe import token_weights
-from ..fit.spend import with_state
+from ..fit.spend import feature_widths, spend_budget
 from ..precision import mixed_precision
-from ..recipes.stages import WINDOW_PARTS
+from ..recipes import Recipe
+from ..teachers import TeacherRef
+from .base import Cost, Stage
 
-if TYPE_CHECKING:
-    from ..data import PackedTokens
-    from ..job import Job, Part
-    from ..recipes.stages import Calibrate
+__all__ = ["Calibrate"]
 
-__all__ = ["check_parts", "run"]
+PARTS = ("windows", "features", "decay", "values", "scale", "output")
+WINDOW_PARTS = ("windows", "features")
 
 
-def run(job: Job, stage: Calibrate, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
-    """Windows for all converted layers; all else for those converted since the last calibration."""
-    started = time.monotonic()
-    parts = stage.chosen(job.recipe)
-    data = job.packed("calibration", job.recipe.calibration_tokens)
-    record: dict[str, Any] = {"parts": parts}
-    if "windows" in parts:
-        student, record["allocation"] = with_state(job, stage, student, data, part)
-    if "features" in parts:
-        fit_features(student, job.twin, data, job.seed, part.fresh)
-    if left := [name for name in parts if name not in WINDOW_PARTS]:
-        record |= fit_if_better(job, stage, left, student.eval(), data, part)
-    return student, {"tokens": data.num_tokens, "seconds": round(time.monotonic() - started, 1)} | record
+@dataclass
+class Calibrate(Stage):
+    """Closed form, no training: reads the recipe's `calibration_tokens`.
+
+    Attributes:
+        feature_widths: candidates for the width of a layer's linear state, 0 besides; none: the student's own in all
+            layers, so that only the windows are chosen.
+        budget_context: tokens at which the budget pays for a layer of full attention, which then is a candidate too; 0:
+            layers are kept only where `keep` says so, outside of the budget.
+        parts: of PARTS, which run in that order; none: those that the student has (`chosen`). Windows and features are
+            for hedgehog layers, which need nothing else (on SmolLM2-135M, 8,000 tokens, a refit of the output raises
+            their perplexity from 39 to 54); the others are for all, see `fit/closed_form.py`. "values" has to be
+            asked for, and passes over layers that are not linear in their values.
+        ridge: how strongly the output is drawn to the weight that it replaces; 0: chosen for each layer by its error on
+            text that it was not fitted to.
+        correct: share of what the layers before left that a layer mends, from 0 to 1.
+        weighting: of the tokens: "norm", by 1 / |h|^2 of the teacher's stream, as its norms see errors; "gradient", by
+            the mean squared gradient of its loss; or "none".
+    """
+
+    kind: str = "calibrate"
+    feature_widths: list[int] = field(default_factory=list)
+    budget_context: int = 0
+    parts: list[str] = field(default_factory=list)
+    ridge: float = 0.0
+    correct: float = 0.5
+    weighting: str = "norm"
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        return super().choices() | {"weighting": ("norm", "gradient", "none")}
+
+    def chosen(self, recipe: Recipe) -> list[str]:
+        """The parts of a recipe's stage, in their order."""
+        windowed = recipe.student == "hedgehog"
+        usual = WINDOW_PARTS if windowed else ("decay", "scale", "output")
+        chosen = [part for part in PARTS if part in (self.parts or usual)]
+        return chosen if recipe.state_budget is not None or self.parts else [p for p in chosen if p != "windows"]
+
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        if (wrong := [width for width in self.feature_widths if width < 0]) or self.budget_context < 0:
+            value = wrong[0] if wrong else self.budget_context
+            raise RnnzooError(f"feature_widths and budget_context cannot be negative; one is {value}.")
+        if self.feature_widths and recipe.student_options.get("feature_map") != "prototype":
+            raise RnnzooError("feature_widths are fitted for `feature_map: prototype`; student_options must have it.")
+        if (self.feature_widths or self.budget_context) and recipe.state_budget is None:
+            raise RnnzooError("feature_widths and budget_context divide a budget; give the recipe a state_budget.")
+        if unknown := [part for part in self.parts if part not in PARTS]:
+            raise RnnzooError(f"parts has {unknown[0]!r}; expected some of {', '.join(PARTS)}.")
+        if wrong := [part for part in self.parts if part in WINDOW_PARTS and recipe.student != "hedgehog"]:
+            raise RnnzooError(f"the part {wrong[0]} is for hedgehog layers; the student is {recipe.student}.")
+        if "windows" in self.parts and recipe.state_budget is None:
+            raise RnnzooError("the part windows divides a budget; give the recipe a state_budget.")
+        if self.ridge < 0:
+            raise RnnzooError(f"ridge is {self.ridge:g}; it cannot be negative.")
+        if not 0 <= self.correct <= 1:
+            raise RnnzooError(f"correct is {self.correct:g}; it must lie between 0 and 1.")
+
+    def for_student(self, student: str) -> Stage | None:
+        """Less what divides a budget, where the student has no windows."""
+        if student == "hedgehog":
+            return self
+        parts = [part for part in self.parts if part not in WINDOW_PARTS]
+        if self.parts and not parts:
+            return None
+        return dataclasses.replace(self, parts=parts, feature_widths=[], budget_context=0)
+
+    def check_student(self, recipe: Recipe, teacher: TeacherRef, config: RecurrentConfig, dtype: torch.dtype) -> None:
+        # By default a decay is passed over where there is none to set.
+        if "decay" in self.parts and not has_decay(mixer_class(recipe.student)):
+            raise RnnzooError(f"{recipe.student} layers have no decay to set; leave the part decay out.")
+        if self.divides_budget(recipe):
+            check_budget(teacher, recipe, config.layer_types, dtype, chooses_widths=bool(self.feature_widths))
+
+    def whole_model_because(self, recipe: Recipe) -> str | None:
+        if self.divides_budget(recipe):
+            return "divides a state budget by the gradient of the loss"
+        return "weights tokens by the gradient of the loss" if self.weighting == "gradient" else None
+
+    def tokens_read(self, recipe: Recipe, chat_data: list[str] | None = None) -> int | None:
+        return recipe.calibration_tokens
+
+    def cost(self) -> Cost:
+        return Cost(teacher=3.0)
+
+    def describe(self, recipe: Recipe) -> list[str]:
+        read = f"closed form, no training: {recipe.calibration_tokens:,} tokens are read once"
+        return [read, *super().describe(recipe)]
+
+    def divides_budget(self, recipe: Recipe) -> bool:
+        return "windows" in self.chosen(recipe)
+
+    def divide_budget(self, context: StageContext, types: list[str]) -> dict[str, Any]:
+        report = lambda done, total: context.progress("allocate", done, total, {})  # noqa: E731
+        _, record = self._spend(context, types, report)
+        return record
+
+    def for_ranking(self) -> Stage | None:
+        """Each mixer is to stand in for its layer alone, so none mends what others would have left."""
+        return dataclasses.replace(self, budget_context=0, correct=0.0)
+
+    def prepare(self, context: StageContext) -> None:
+        context.calibration()
+
+    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+        """Windows for all converted layers; all else for those converted since the last calibration."""
+        started = time.monotonic()
+        parts = self.chosen(context.recipe)
+        data = context.calibration()
+        record: dict[str, Any] = {"parts": parts}
+        if "windows" in parts:
+            student, record["allocation"] = self._with_state(context, student, part)
+        if "features" in parts:
+            fit_features(student, context.twin, data, context.seed, part.fresh)
+        if left := [name for name in parts if name not in WINDOW_PARTS]:
+            record |= fit_if_better(context, self, left, student.eval(), data, part)
+        return student, {"tokens": data.num_tokens, "seconds": round(time.monotonic() - started, 1)} | record
+
+    def _with_state(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+        """The student with its budget divided among its layers, all that is trained as it was, and a record of it.
+
+        Layers that are not new in this part keep the width of their linear state.
+        """
+        types, fixed = student.config.layer_types, {}
+        old = [i for i, kind in enumerate(types) if kind not in ATTENTION_TYPES and i not in part.fresh]
+        if self.feature_widths:
+            fixed = {i: feature_widths(student.config)[i] for i in old}
+        report = lambda done, total: context.progress(part.name, done, total, {})  # noqa: E731
+        config, record = self._spend(context, types, report, fixed, old)
+        return context.rebuilt(config, student), record
+
+    def _spend(self, context: StageContext, types: list[str], report: Any, *others: Any) -> Any:
+        data = context.calibration()
+        known = (context.teacher, context.twin, context.recipe, self, types, data, context.dtype, context.seed)
+        return spend_budget(*known, *others, progress=report)
 
 
 def fit_if_better(
-    job: Job, stage: Calibrate, parts: list[str], student: Any, data: PackedTokens, part: Part
+    context: StageContext, stage: Calibrate, parts: list[str], student: Any, data: PackedTokens, part: Part
 ) -> dict[str, Any]:
     """Fits layers in closed form, and takes that back where it makes the student's loss on calibration text larger.
 
@@ -52,17 +181,16 @@ def fit_if_better(
         Mean errors of the layers and losses per token, before and after, whether the fit was `kept` and, where values
         were to be refitted, in how many layers they are.
     """
-    bf16 = job.dtype == torch.bfloat16
     fitted, judged = data, data
     if len(data) >= 3:
         fitted, judged = data.rows(0, len(data) - 1), data.rows(len(data) - 1, 1)
     mixers = {name: tensor.clone() for name, tensor in student.state_dict().items() if ".mixer." in name}
-    losses = [loss_on(student, judged, bf16)]
-    weights = gradient_weights(job, fitted, part) if stage.weighting == "gradient" else None
+    losses = [loss_on(student, judged, context.bf16)]
+    weights = gradient_weights(context, fitted, part) if stage.weighting == "gradient" else None
     how = ClosedForm(parts, stage.ridge, stage.correct, stage.weighting)
-    report = lambda done, total: job.progress(part.name, done, total, {})  # noqa: E731
-    layers = fit_layers(student, job.twin, fitted, how, part.fresh, weights, bf16, report)
-    losses.append(loss_on(student, judged, bf16))
+    report = lambda done, total: context.progress(part.name, done, total, {})  # noqa: E731
+    layers = fit_layers(student, context.twin, fitted, how, part.fresh, weights, context.bf16, report)
+    losses.append(loss_on(student, judged, context.bf16))
     kept = losses[1] <= losses[0]
     if not kept:
         student.load_state_dict(mixers, strict=False)
@@ -76,8 +204,6 @@ def fit_if_better(
 @torch.no_grad()
 def loss_on(student: Any, data: PackedTokens, bf16: bool) -> float:
     """Mean cross-entropy per token, in nats; infinite where it is not a number."""
-    from ..evaluation.scoring import token_log_probs
-
     device = student.model.embed_tokens.weight.device
     total, count = 0.0, 0
     with mixed_precision(device, bf16):
@@ -92,23 +218,13 @@ def loss_on(student: Any, data: PackedTokens, bf16: bool) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def gradient_weights(job: Job, data: PackedTokens, part: Part) -> torch.Tensor:
+def gradient_weights(context: StageContext, data: PackedTokens, part: Part) -> torch.Tensor:
     """(layers, N, T), with a mean of 1 in every layer."""
     rows = []
     for number in range(len(data)):
         row = data[number]
         documents = row["seq_ids"] if len(row["seq_ids"].unique()) > 1 else None
-        rows.append(token_weights(job.twin, row["input_ids"], documents, job.seed + number))
-        job.progress(part.name, (number + 1) * data.seq_len, data.num_tokens, {})
+        rows.append(token_weights(context.twin, row["input_ids"], documents, context.seed + number))
+        context.progress(part.name, (number + 1) * data.seq_len, data.num_tokens, {})
     weights = torch.stack(rows, 1)
     return weights / weights.mean((1, 2), keepdim=True)
-
-
-def check_parts(stage: Calibrate, student: str) -> None:
-    """Refuses a decay that a recipe asks for by name where the student has none to set; by default it is passed over.
-
-    Raises:
-        RnnzooError: says so.
-    """
-    if "decay" in stage.parts and not has_decay(mixer_class(student)):
-        raise RnnzooError(f"{student} layers have no decay to set; leave the part decay out.")

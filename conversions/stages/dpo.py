@@ -8,47 +8,68 @@ and kept beside the data; no second model is in memory.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
-
+from ...kernels.errors import RnnzooError
+from ..context import Part, StageContext
+from ..data.chats import Kind, chat_tokens
 from ..processes import rows_per_step
-from .examples import load_examples, row_order
-from .lora import trainable
-from .sft import own_trainer, quiet
-from .training import stage_arguments
+from ..recipes import Recipe
+from .own_data import OwnData, row_order
 
-if TYPE_CHECKING:
-    from ..job import Job, Part
-    from ..recipes.stages import Dpo
+__all__ = ["Dpo"]
 
-__all__ = ["run"]
+ANSWERS = ("chosen", "rejected")
 
 
-def run(job: Job, stage: Dpo, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
-    """Trains on the stage's pairs; reports the tokens of both answers, with their prompts."""
-    from trl import DPOConfig, DPOTrainer
+@dataclass
+class Dpo(OwnData):
+    """Direct preference optimisation (Rafailov et al. 2023, TRL) against the student as the stage found it.
 
-    dataset, record = load_examples(job, stage)
-    per_step = rows_per_step(stage.batch, 1, len(dataset), job.processes.count)
-    order = row_order(len(dataset), stage.epochs, per_step, job.seed)
-    tokens = record["tokens"] * len(order) // len(dataset)
-    steps = len(order) // per_step
-    bf16 = job.dtype == torch.bfloat16
-    with trainable(student, stage, job.seed) as trains, quiet():
-        trainer = own_trainer(DPOTrainer)(
-            model=student,
-            args=DPOConfig(
-                **stage_arguments(
-                    stage, job.run.folder / part.name, steps, per_step, bf16, job.seed, job.checkpointing
-                ),
-                beta=stage.beta,
-                precompute_ref_log_probs=True,
-                max_length=None,
-                gradient_checkpointing=False,
-            ),
-            train_dataset=dataset.select(order),
-            processing_class=job.tokenizer,
+    Attributes:
+        beta: how much the student is held to where it was. batch: pairs in an optimiser step.
+    """
+
+    reads: ClassVar[Kind] = "preference"
+    kind: str = "dpo"
+    lr: float = 5e-7
+    new_lr: float = 5e-7
+    beta: float = 0.01
+    batch: int = 8
+
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        if self.beta <= 0 or self.batch < 1:
+            raise RnnzooError(f"beta is {self.beta:g} and batch {self.batch}; both must be positive.")
+
+    def learns_from(self) -> list[str]:
+        whose = "preferences of your own" if self.data is None else f"the preferences {self.data}"
+        return [f"DPO on {whose}, beta {self.beta:g}"]
+
+    def row(self, example: dict[str, Any], context: StageContext) -> tuple[dict[str, Any], int, dict[str, int]] | None:
+        if not all(example[name] for name in ANSWERS) or example["chosen"] == example["rejected"]:
+            return None  # no preference in it: collections of them have a few such
+        sizes = [len(chat_tokens(example["prompt"] + example[name], context.tokenizer)[0]) for name in ANSWERS]
+        # Cut short, two answers may be the same.
+        return None if max(sizes) > context.recipe.seq_len else (example, sum(sizes), {})
+
+    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+        """Trains on the stage's pairs; reports the tokens of both answers, with their prompts."""
+        from trl import DPOConfig, DPOTrainer
+
+        dataset, record = self.load(context)
+        per_step = rows_per_step(self.batch, 1, len(dataset), context.processes.count)
+        order = row_order(len(dataset), self.epochs, per_step, context.seed)
+        report = self.learn(
+            context,
+            student,
+            part,
+            (DPOTrainer, DPOConfig),
+            dataset.select(order),
+            len(order) // per_step,
+            record["tokens"] * len(order) // len(dataset),
+            beta=self.beta,
+            precompute_ref_log_probs=True,
         )
-        report = trainer.run(stage, student, trains, job, part, tokens // steps)
-    return student, report | {"tokens": tokens, "examples": record["examples"], "left_out": record["left_out"]}
+        return student, report | {"examples": record["examples"], "left_out": record["left_out"]}

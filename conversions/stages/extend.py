@@ -17,36 +17,73 @@ which is the loss of a `train` stage where the row is one chunk that the teacher
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ...kernels.errors import RnnzooError
 from ...kernels.losses import linear_cross_entropy
 from ...zoo.core.cache import CACHE_NAME, RecurrentCache
+from ..context import Part, StageContext
+from ..data import PackedTokens
+from ..recipes import Recipe
 from .cached_teacher import repeated
-from .lora import trainable
-from .other_teacher import twin_of
-from .predictions import Whole
-from .train import final_hidden, next_tokens
-from .training import StageTrainer
+from .distilled import Distilled, Whole, twin_of
+from .end_to_end import trainable
+from .training import StageTrainer, final_hidden, next_tokens, train
 
-if TYPE_CHECKING:
-    from ..job import Job, Part
-    from ..recipes.stages import Extend
-
-__all__ = ["ExtendContext", "run"]
+__all__ = ["Extend", "ExtendContext"]
 
 
-def run(job: Job, stage: Extend, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
-    """Trains on rows of `stage.length` tokens, which are packed for this stage."""
-    packed = job.packed(stage.name, int(job.recipe.tokens * stage.share), stage.length)
-    rows = packed.rows(part.rows.start, -(-len(part.rows) // stage.epochs))
-    rows = repeated(rows, len(part.rows), job.seed)
-    twin = twin_of(job, stage) if stage.asks_teacher() else None
-    with trainable(student, stage, job.seed) as trains:
-        report = job.train(ExtendContext, student, stage, part, trains, data=rows, twin=twin)
-    return student, report
+@dataclass
+class Extend(Distilled):
+    """Longer rows, read chunk by chunk with the state passed on, after Stuffed Mamba (2024, arXiv 2410.07145).
+
+    Attributes:
+        length: tokens of a row. chunk: of a forward pass.
+        grad_chunks: chunks that the gradient goes back through, the state being cut from it between such groups.
+        beyond: weight of cross-entropy on the text at positions that the teacher was not trained on.
+    """
+
+    kind: str = "extend"
+    own_rows: ClassVar[bool] = True
+    length: int = 16384
+    chunk: int = 2048
+    grad_chunks: int = 1
+    beyond: float = 1.0
+
+    def row_length(self, recipe: Recipe) -> int:
+        return self.length
+
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        if not 2 <= self.chunk <= self.length:
+            raise RnnzooError(f"chunk is {self.chunk}; it must lie between 2 and length, which is {self.length}.")
+        if self.grad_chunks < 1 or self.beyond < 0:
+            raise RnnzooError("grad_chunks must be 1 or more, and beyond not negative.")
+
+    def learns_from(self) -> list[str]:
+        rows = f"rows of {self.length:,} tokens, read {self.chunk:,} at a time with the state passed on"
+        return [rows, *super().learns_from()]
+
+    def packed(self, context: StageContext) -> PackedTokens:
+        """Its own rows."""
+        return context.packed(self.name, int(context.recipe.tokens * self.share), self.length)
+
+    def prepare(self, context: StageContext) -> None:
+        if context.recipe.tokens and self.share:
+            self.packed(context)
+
+    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+        """Trains on rows of `length` tokens, which are packed for this stage."""
+        rows = self.packed(context).rows(part.rows.start, -(-len(part.rows) // self.epochs))
+        rows = repeated(rows, len(part.rows), context.seed)
+        twin = twin_of(context, self) if self.asks_teacher() else None
+        with trainable(student, self, context.seed) as trains:
+            report = train(context, ExtendContext, student, self, part, trains, data=rows, twin=twin)
+        return student, report
 
 
 class ExtendContext(StageTrainer):

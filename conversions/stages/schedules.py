@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ..recipes.stages import TrainedStage
+from .base import TrainedStage
 
 __all__ = ["rate_factor"]
 

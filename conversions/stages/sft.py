@@ -5,98 +5,73 @@ A packed row says where each chat begins, and the state is empty there: no chat 
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
-
+from ..context import Part, StageContext
+from ..data.chats import Kind, chat_tokens
 from ..processes import rows_per_step
-from .examples import load_examples, row_order
-from .lora import trainable
-from .training import StageRules, leaves_unused, run_trainer, stage_arguments
+from .own_data import OwnData, row_order
 
-if TYPE_CHECKING:
-    from ..job import Job, Part
-    from ..recipes.stages import Sft
-
-__all__ = ["own_trainer", "quiet", "run"]
+__all__ = ["Sft"]
 
 
-def run(job: Job, stage: Sft, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
-    """Trains on the stage's chats; reports the tokens of the rows, whole."""
-    from trl import SFTConfig, SFTTrainer
+@dataclass
+class Sft(OwnData):
+    """Supervised fine-tuning on chats (TRL), as the tokenizer's chat template writes them.
 
-    dataset, record = load_examples(job, stage)
-    per_step = rows_per_step(job.recipe.batch_tokens, job.recipe.seq_len, len(dataset), job.processes.count)
-    order = row_order(len(dataset), stage.epochs, per_step, job.seed)
-    tokens = sum(len(dataset[n]["input_ids"]) for n in order)
-    steps = len(order) // per_step
-    bf16 = job.dtype == torch.bfloat16
-    with trainable(student, stage, job.seed) as trains, quiet():
-        trainer = own_trainer(SFTTrainer)(
-            model=student,
-            args=SFTConfig(
-                **stage_arguments(
-                    stage, job.run.folder / part.name, steps, per_step, bf16, job.seed, job.checkpointing
-                ),
-                padding_free=True,
-                max_length=None,
-                dataset_kwargs={"skip_prepare_dataset": True},
-                gradient_checkpointing=False,
-            ),
-            train_dataset=dataset.select(order),
-            processing_class=job.tokenizer,
+    Attributes:
+        loss_on: "assistant" for what the assistant says, wherever the template lets that be told apart, or "all".
+    """
+
+    reads: ClassVar[Kind] = "chat"
+    kind: str = "sft"
+    lr: float = 2e-5
+    new_lr: float = 2e-5
+    loss_on: str = "assistant"
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        return super().choices() | {"loss_on": ("assistant", "all")}
+
+    def learns_from(self) -> list[str]:
+        return ["chats of your own" if self.data is None else f"the chats {self.data}"]
+
+    def row(self, example: dict[str, Any], context: StageContext) -> tuple[dict[str, Any], int, dict[str, int]] | None:
+        longest = context.recipe.seq_len
+        ids, said = chat_tokens(example["messages"], context.tokenizer)
+        whole = {"loss_on_all_of": int(said is None)}  # the template does not tell who speaks: the loss is on all
+        if said is None or self.loss_on == "all":
+            said = [True] * len(ids)
+        if not any(said[:longest]):
+            return None
+        labels = [token if mine else -100 for token, mine in zip(ids, said, strict=True)]
+        return {"input_ids": ids[:longest], "labels": labels[:longest]}, min(len(ids), longest), whole
+
+    def packed(self, dataset: Any, context: StageContext) -> Any:
+        """Rows of whole chats, `seq_lengths` tokens each; best fit puts the long ones first, so they are shuffled."""
+        from trl import pack_dataset
+
+        return pack_dataset(dataset, context.recipe.seq_len, "bfd").shuffle(seed=context.seed).flatten_indices()
+
+    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+        """Trains on the stage's chats; reports the tokens of the rows, whole."""
+        from trl import SFTConfig, SFTTrainer
+
+        recipe = context.recipe
+        dataset, record = self.load(context)
+        per_step = rows_per_step(recipe.batch_tokens, recipe.seq_len, len(dataset), context.processes.count)
+        order = row_order(len(dataset), self.epochs, per_step, context.seed)
+        tokens = sum(len(dataset[n]["input_ids"]) for n in order)
+        report = self.learn(
+            context,
+            student,
+            part,
+            (SFTTrainer, SFTConfig),
+            dataset.select(order),
+            len(order) // per_step,
+            tokens,
+            padding_free=True,
+            dataset_kwargs={"skip_prepare_dataset": True},
         )
-        report = trainer.run(stage, student, trains, job, part, tokens // steps)
-    about = {name: record[name] for name in ("examples", "left_out", "loss_on_all_of") if name in record}
-    return student, report | {"tokens": tokens} | about
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what TRL says about settings that are meant, and without its progress bars, which would break ours."""
-    logger, before = logging.getLogger("trl"), os.environ.get("TQDM_DISABLE")
-    level = logger.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        logger.setLevel(logging.ERROR)
-        os.environ["TQDM_DISABLE"] = "1"
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-            if before is None:
-                del os.environ["TQDM_DISABLE"]
-            else:
-                os.environ["TQDM_DISABLE"] = before
-
-
-def own_trainer(base: type) -> Any:
-    """A trainer of TRL's, with our learning rates and order of rows, that leaves the student as it found it."""
-
-    class Own(StageRules, base):
-        def run(self, stage: Any, student: Any, trains: Any, job: Job, part: Part, per_step: int) -> dict[str, Any]:
-            """Trains in place; goes on from the newest whole checkpoint.
-
-            Args:
-                trains: which parameters. per_step: tokens of a step.
-            """
-            self.stage = stage
-            self.args.ddp_find_unused_parameters = leaves_unused(student)
-            for name, parameter in student.named_parameters():
-                parameter.requires_grad_(trains(name))
-            told = lambda done, total, info: job.progress(part.name, done, total, info)  # noqa: E731
-            try:
-                return run_trainer(self, job.run.folder / part.name, per_step, told)
-            finally:
-                for name in ("forward", "_original_forward"):  # what TRL and accelerate have put around it
-                    vars(student).pop(name, None)
-
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """The conversion writes one."""
-
-    return Own
+        about = {name: record[name] for name in ("examples", "left_out", "loss_on_all_of") if name in record}
+        return student, report | about

@@ -4,36 +4,72 @@ logsumexp^2), each a mean over tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...kernels.errors import RnnzooError
+from ...zoo.core.configuration import RecurrentConfig
+from ..context import Part, StageContext
+from ..data import check_sequence_length
+from ..recipes import Recipe
+from ..teachers import TeacherRef
 from .cached_teacher import cached_rows, repeated
-from .lora import trainable
-from .other_teacher import twin_of
-from .predictions import Likeliest, Whole, distillation_loss
-from .training import StageTrainer
+from .distilled import Distilled, Likeliest, Whole, distillation_loss, twin_of
+from .end_to_end import trainable
+from .training import StageTrainer, final_hidden, next_tokens, train
 
-if TYPE_CHECKING:
-    from ..job import Job, Part
-    from ..recipes.stages import Distilled, Train
-
-__all__ = ["TrainEndToEnd", "final_hidden", "next_tokens", "run"]
+__all__ = ["Train", "TrainEndToEnd"]
 
 
-def run(job: Job, stage: Train, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
-    """Trains the mixers, adapters on them, or everything; on rows with the teacher's predictions, if these are kept."""
-    rows = job.packed("training", job.recipe.tokens).rows(part.rows.start, -(-len(part.rows) // stage.epochs))
-    about, twin = {}, None
-    if stage.cache_top_k:
-        rows, about = cached_rows(job, stage, part, rows)
-    elif stage.asks_teacher():
-        twin = twin_of(job, stage)
-    rows = repeated(rows, len(part.rows), job.seed)
-    with trainable(student, stage, job.seed) as trains:
-        report = job.train(TrainEndToEnd, student, stage, part, trains, data=rows, twin=twin)
-    return student, report | about
+@dataclass
+class Train(Distilled):
+    """End to end on the training text.
+
+    Attributes:
+        cache_top_k: run the teacher once, before training, and keep so many of its largest log-probabilities a token;
+            the divergences are then between these and the mass of all others. 0: run it at every step.
+    """
+
+    kind: str = "train"
+    cache_top_k: int = 0
+
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        if self.cache_top_k < 0 or (self.cache_top_k and not self.asks_teacher()):
+            raise RnnzooError(
+                f"cache_top_k is {self.cache_top_k}; it keeps predictions of the teacher, 0 or more a token, for kl, "
+                "reverse_kl or labels: teacher."
+            )
+
+    def other_teacher(self, recipe: Recipe) -> TeacherRef | None:
+        found = super().other_teacher(recipe)
+        if found is not None:
+            check_sequence_length(recipe.seq_len, found.config, f"the teacher {found.name}")
+        return found
+
+    def check_student(self, recipe: Recipe, teacher: TeacherRef, config: RecurrentConfig, dtype: torch.dtype) -> None:
+        super().check_student(recipe, teacher, config, dtype)
+        if self.cache_top_k >= config.vocab_size:
+            raise RnnzooError(
+                f"cache_top_k is {self.cache_top_k}, but the vocabulary has {config.vocab_size} tokens; keep fewer, "
+                "such as 64, or leave it out."
+            )
+
+    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+        """Trains the mixers, adapters on them, or everything; on rows with the teacher's predictions, if kept."""
+        rows = context.training().rows(part.rows.start, -(-len(part.rows) // self.epochs))
+        about, twin = {}, None
+        if self.cache_top_k:
+            rows, about = cached_rows(context, self, self.cache_top_k, part, rows)
+        elif self.asks_teacher():
+            twin = twin_of(context, self)
+        rows = repeated(rows, len(part.rows), context.seed)
+        with trainable(student, self, context.seed) as trains:
+            report = train(context, TrainEndToEnd, student, self, part, trains, data=rows, twin=twin)
+        return student, report | about
 
 
 class TrainEndToEnd(StageTrainer):
@@ -52,17 +88,3 @@ class TrainEndToEnd(StageTrainer):
                 told = self.twin.model(input_ids=ids, seq_ids=seq_ids, use_cache=False).last_hidden_state
             teacher = Whole(told.flatten(0, 1), self.twin.lm_head.weight[: model.config.vocab_size])
         return distillation_loss(self.stage, hidden, model.lm_head, teacher, next_tokens(ids, seq_ids).flatten())
-
-
-def final_hidden(model: Any, ids: Tensor, seq_ids: Tensor | None, **options: Any) -> Tensor:
-    """(B, T, D), of the student itself; options of its forward pass."""
-    return model.model(input_ids=ids, seq_ids=seq_ids, **({"use_cache": False} | options)).last_hidden_state
-
-
-def next_tokens(ids: Tensor, seq_ids: Tensor | None) -> Tensor:
-    """Labels (B, T): the next token, -100 at the end of a document and of the row."""
-    labels = torch.full_like(ids, -100)
-    labels[:, :-1] = ids[:, 1:]
-    if seq_ids is not None:
-        labels[:, :-1].masked_fill_(seq_ids[:, 1:] != seq_ids[:, :-1], -100)
-    return labels

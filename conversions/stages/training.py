@@ -14,34 +14,36 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ...zoo.core.heads import RecurrentForCausalLM
+from ..context import Part, StageContext
+from ..data import PackedTokens
 from ..files import replace_text
 from ..precision import mixed_precision
 from ..processes import Processes, rows_per_step
 from ..sharding import is_sharded, shard_frozen, units
+from .base import TrainedStage
 from .parameters import parts_of
 from .schedules import rate_factor
 from .window_dropout import kept_share, reduced_windows
-
-if TYPE_CHECKING:
-    from ...zoo.core.heads import RecurrentForCausalLM
-    from ..data import PackedTokens
-    from ..recipes.stages import TrainedStage
 
 __all__ = [
     "Report",
     "StageRules",
     "StageTrainer",
     "cut_metrics",
+    "final_hidden",
     "newest_checkpoint",
+    "next_tokens",
     "read_metrics",
     "run_trainer",
     "stage_arguments",
+    "train",
     "train_stage",
 ]
 
@@ -182,6 +184,55 @@ class Report(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def final_hidden(model: Any, ids: Tensor, seq_ids: Tensor | None, **options: Any) -> Tensor:
+    """(B, T, D), of the student itself; options of its forward pass."""
+    return model.model(input_ids=ids, seq_ids=seq_ids, **({"use_cache": False} | options)).last_hidden_state
+
+
+def next_tokens(ids: Tensor, seq_ids: Tensor | None) -> Tensor:
+    """Labels (B, T): the next token, -100 at the end of a document and of the row."""
+    labels = torch.full_like(ids, -100)
+    labels[:, :-1] = ids[:, 1:]
+    if seq_ids is not None:
+        labels[:, :-1].masked_fill_(seq_ids[:, 1:] != seq_ids[:, :-1], -100)
+    return labels
+
+
+def train(
+    context: StageContext,
+    trainer_class: type[StageTrainer],
+    student: Any,
+    stage: TrainedStage,
+    part: Part,
+    trains: Callable[[str], bool],
+    *,
+    data: Any = None,
+    twin: Any = None,
+) -> dict[str, Any]:
+    """Trains the student of a conversion in place; see `train_stage`.
+
+    Args:
+        data: rows; None: those of `part`, of the training text. twin: the teacher, if the loss asks one.
+    """
+    if data is None:
+        data = context.training().rows(part.rows.start, len(part.rows))
+    context.release_model()
+    return train_stage(
+        trainer_class,
+        student,
+        twin,
+        stage,
+        data,
+        context.folder / part.name,
+        trains=trains,
+        batch_tokens=context.recipe.batch_tokens,
+        bf16=context.bf16,
+        seed=context.seed,
+        progress=lambda done, total, info: context.progress(part.name, done, total, info),
+        checkpointing=context.checkpointing,
+    )
 
 
 def train_stage(

@@ -7,7 +7,7 @@ import torch
 
 from rnnzoo.conversions.budget import check_budget, state_costs
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.recipes.stages import Calibrate
+from rnnzoo.conversions.stages.calibrate import Calibrate
 from rnnzoo.conversions.student import layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
@@ -49,9 +49,9 @@ def test_the_least_budget_is_named_and_suffices(teacher, widths):
     own = {"feature_widths": [0, 0]} if widths else {}
     least = state_bytes(student_config(teacher, recipe, types, window_size=1, **own), torch.bfloat16)
     with pytest.raises(RnnzooError, match=f"100 bytes is too small: with windows of one token, .* takes {least:,} for"):
-        check_budget(teacher, recipe, types, torch.bfloat16)
+        check_budget(teacher, recipe, types, torch.bfloat16, chooses_widths=bool(widths))
     recipe.state_budget = least
-    check_budget(teacher, recipe, types, torch.bfloat16)
+    check_budget(teacher, recipe, types, torch.bfloat16, chooses_widths=bool(widths))
     recipe.state_budget = least - 1
     with pytest.raises(RnnzooError, match="too small"):
-        check_budget(teacher, recipe, types, torch.bfloat16)
+        check_budget(teacher, recipe, types, torch.bfloat16, chooses_widths=bool(widths))

@@ -17,9 +17,9 @@ from rnnzoo.conversions import convert as convert_module
 from rnnzoo.conversions import memory
 from rnnzoo.conversions.convert import convert
 from rnnzoo.conversions.plan import make_plan
-from rnnzoo.conversions.recipes import load_recipe
-from rnnzoo.conversions.run import Run
-from rnnzoo.conversions.stages import calibrate as calibrate_module
+from rnnzoo.conversions.recipes.load import load_recipe
+from rnnzoo.conversions.run_folder import Run
+from rnnzoo.conversions.stages.calibrate import Calibrate
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.cache import CACHE_NAME, RecurrentCache
 
@@ -318,17 +318,17 @@ def test_bfloat16_is_what_is_planned_and_saved(teachers, recipes, data, tmp_path
 
 def test_progressive_calibration_keeps_what_was_trained(teachers, recipes, data, tmp_path, monkeypatch):
     """The second step sizes all windows anew, and fits features only where they are new."""
-    recipe, calibrate, seen = tmp_path / "steps.yaml", calibrate_module.run, []
+    recipe, calibrate, seen = tmp_path / "steps.yaml", Calibrate.run, []
     recipe.write_text(yaml.safe_dump(yaml.safe_load(Path(recipes["rnnzoo"]).read_text()) | {"progressive": True}))
 
-    def spy(job, stage, student, part):
+    def spy(stage, context, student, part):
         before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-        after, report = calibrate(job, stage, student, part)
+        after, report = calibrate(stage, context, student, part)
         changed = {name for name, tensor in after.state_dict().items() if not torch.equal(before[name], tensor)}
         seen.append((part.fresh, {name.split(".mixer.")[0] for name in changed}))
         return after, report
 
-    monkeypatch.setattr(calibrate_module, "run", spy)
+    monkeypatch.setattr(Calibrate, "run", spy)
     results = convert(teachers["llama"], str(recipe), tmp_path / "out", data=data, state_budget=40_000, **SMALL)
     assert seen == [([0], {"model.layers.0"}), ([1], {"model.layers.1"})]
     assert all(len(row) == 2 for row in results["model"]["windows"])

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from rnnzoo import cli
 from rnnzoo.conversions.devices import DEVICES, parse_devices
 from rnnzoo.conversions.estimate import LAYOUTS, Sizes, estimate, flops_per_token, memory_bytes
-from rnnzoo.conversions.prepare import prepare_recipe
+from rnnzoo.conversions.recipes.prepare import prepare_recipe
 from rnnzoo.conversions.student import layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError

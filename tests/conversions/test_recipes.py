@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 import yaml
 
-from rnnzoo.conversions.prepare import prepare_recipe
-from rnnzoo.conversions.recipes import Recipe, keep_steps, kept_layers, list_recipes, load_recipe, parse_keep
+from rnnzoo.conversions.recipes import Recipe, keep_steps, kept_layers, list_recipes, parse_keep
 from rnnzoo.conversions.recipes.keep import check_ranking
-from rnnzoo.conversions.recipes.stages import Train
+from rnnzoo.conversions.recipes.load import load_recipe
+from rnnzoo.conversions.recipes.prepare import prepare_recipe
+from rnnzoo.conversions.stages.train import Train
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
 

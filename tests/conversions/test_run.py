@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rnnzoo.conversions import run as run_module
-from rnnzoo.conversions.run import alone_in, holds_run, open_run
+from rnnzoo.conversions import run_folder as run_module
+from rnnzoo.conversions.run_folder import alone_in, holds_run, open_run
 from rnnzoo.kernels.errors import RnnzooError
 
 REQUEST = {"teacher": "abc", "recipe": {"name": "r", "stages": [{"lr": 0.1}, {"lr": 0.2}]}, "data": None, "seed": 0}
@@ -271,7 +271,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_a_second_process_is_kept_out_while_the_first_one_works(tmp_path):
-    code = "import sys; from rnnzoo.conversions.run import alone_in\nwith alone_in(sys.argv[1]): print('in')"
+    code = "import sys; from rnnzoo.conversions.run_folder import alone_in\nwith alone_in(sys.argv[1]): print('in')"
 
     def second() -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", code, str(tmp_path)]

@@ -11,8 +11,8 @@ import yaml
 
 from rnnzoo.conversions.convert import convert
 from rnnzoo.conversions.data import PackedTokens, TextHashes
+from rnnzoo.conversions.ranking import default_path, load_ranking, measure_layers, save_ranking
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.selection import default_path, load_ranking, measure_layers, save_ranking
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
@@ -110,7 +110,8 @@ def test_a_conversion_keeps_the_layers_that_matter(planted, data, tmp_path):
 
 def test_a_run_that_stopped_goes_on_with_its_ranking(planted, data, tmp_path, monkeypatch):
     """Killed right after the ranking; the second time, nothing is measured."""
-    from rnnzoo.conversions import job
+    from rnnzoo.conversions import pipeline
+    from rnnzoo.conversions.context import StageContext
 
     calls = dict(data=data, keep="best 1", evaluate=False, dtype="float32")
     whole = convert(planted, recipe_file(tmp_path), tmp_path / "whole", **calls)
@@ -122,9 +123,9 @@ def test_a_run_that_stopped_goes_on_with_its_ranking(planted, data, tmp_path, mo
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(job.Job, "initialise", _at_call(job.Job.initialise, 2, killed))
+        patch.setattr(StageContext, "initialise", _at_call(StageContext.initialise, 2, killed))
         convert(planted, recipe_file(tmp_path), tmp_path / "out", **calls)
-    monkeypatch.setattr(job, "rank_layers", killed)
+    monkeypatch.setattr(pipeline, "rank_layers", killed)
     results = convert(planted, recipe_file(tmp_path), tmp_path / "out", **calls)
     assert results["model"]["layer_types"] == whole["model"]["layer_types"]
     assert results["recipe"] == whole["recipe"]

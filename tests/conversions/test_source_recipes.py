@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 
-from rnnzoo.conversions import job as job_module
 from rnnzoo.conversions.convert import convert
 from rnnzoo.conversions.plan import make_plan
-from rnnzoo.conversions.prepare import keep_steps, prepare_recipe, stage_steps, stage_tokens
-from rnnzoo.conversions.recipes import load_recipe
+from rnnzoo.conversions.recipes import keep_steps
+from rnnzoo.conversions.recipes.keep import stage_steps, stage_tokens
+from rnnzoo.conversions.recipes.load import load_recipe
+from rnnzoo.conversions.recipes.prepare import prepare_recipe
+from rnnzoo.conversions.stages import KINDS
 from rnnzoo.conversions.student import build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
@@ -105,20 +108,21 @@ def test_numbers_are_the_sources(name):
 @pytest.mark.parametrize("name", MOVES)
 def test_every_stage_moves_what_its_source_trains_and_nothing_else(teacher, data, tmp_path, monkeypatch, name):
     """From end to end, on a tiny teacher."""
-    seen, run_stage = [], job_module.run_stage
+    seen = []
 
-    def watched(job, stage, student, part):
+    def watched(run, stage, context, student, part):
         before = {key: tensor.clone() for key, tensor in student.state_dict().items()}
-        student, report = run_stage(job, stage, student, part)
+        student, report = run(stage, context, student, part)
         after = student.state_dict()
         assert after.keys() == before.keys()
         moved = {key for key in after if not torch.equal(after[key], before[key])}
         types = student.config.layer_types
-        seen.append((stage, moved, set(after), [i for i, kind in enumerate(types) if kind == job.recipe.student]))
+        seen.append((stage, moved, set(after), [i for i, kind in enumerate(types) if kind == context.recipe.student]))
         assert torch.isfinite(torch.tensor([report["loss_first"], report["loss_last"]])).all()
         return student, report
 
-    monkeypatch.setattr(job_module, "run_stage", watched)
+    for kind in KINDS.values():
+        monkeypatch.setattr(kind, "run", functools.partialmethod(functools.partial(watched, kind.run)))
     options = {"tokens": 8192, "seq_len": 128, "batch_tokens": 256, "dtype": "float32", "evaluate": False}
     results = convert(teacher, name, tmp_path / "out", data=data, keep="1/2", **options)
     assert {stage.name for stage, *_ in seen} == set(MOVES[name])

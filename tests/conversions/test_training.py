@@ -11,12 +11,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rnnzoo.conversions.data import PackedTokens, TextHashes
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.recipes.stages import KINDS, Train
-from rnnzoo.conversions.stages import training
+from rnnzoo.conversions.stages import KINDS, training
 from rnnzoo.conversions.stages.align import AlignLayers, aligned_parameters
 from rnnzoo.conversions.stages.parameters import parts_of
-from rnnzoo.conversions.stages.train import TrainEndToEnd, next_tokens
-from rnnzoo.conversions.stages.training import train_stage
+from rnnzoo.conversions.stages.train import Train, TrainEndToEnd
+from rnnzoo.conversions.stages.training import next_tokens, train_stage
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 

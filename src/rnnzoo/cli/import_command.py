@@ -65,7 +65,7 @@ def _origin(checkpoint: str, local: Path, architecture: str, format: str | None)
 
 
 def _keep_origin(folder: Path, origin: dict[str, Any], model: dict[str, Any]) -> None:
-    from ..conversions.run import write_json
+    from ..conversions.run_folder import write_json
 
     record = {"schema": 1, "created": datetime.now(UTC).isoformat(timespec="seconds"), "rnnzoo_version": __version__}
     write_json(folder / "results.json", record | {"model": model, "import": origin})

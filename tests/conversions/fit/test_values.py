@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rnnzoo.conversions.context import Part
 from rnnzoo.conversions.fit.closed_form import ClosedForm, Layer, Stream, fit_layers, output_projection
 from rnnzoo.conversions.fit.linear_layers import with_bias
 from rnnzoo.conversions.fit.values import Values
-from rnnzoo.conversions.job import Part
-from rnnzoo.conversions.recipes.stages import Calibrate
-from rnnzoo.conversions.stages import calibrate
+from rnnzoo.conversions.stages.calibrate import Calibrate
 from rnnzoo.conversions.teachers import resolve_teacher
 
 from ..stages.test_calibrate_parts import job_of
@@ -137,7 +136,7 @@ def test_the_stage_says_in_how_many_layers_values_are_new_and_makes_no_loss_larg
     parts = [part for part in ("decay", "values", "scale", "output") if part != "decay" or name != "linear_attention"]
     job, student = job_of(teacher[0], name, stage := Calibrate("fit", parts=parts))
     before = {key: tensor.clone() for key, tensor in student.state_dict().items() if "v_proj.weight" in key}
-    after, report = calibrate.run(job, stage, student, Part("fit", range(0), [0, 1]))
+    after, report = stage.run(job, student, Part("fit", range(0), [0, 1]))
     kept = report["fits_kept"]
     assert (report["loss_after"] <= report["loss_before"]) == kept
     changed = sum(not torch.equal(after.state_dict()[key], tensor) for key, tensor in before.items())

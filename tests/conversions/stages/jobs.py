@@ -1,17 +1,15 @@
-"""A job around one stage: a tiny teacher, random rows, and no run but a folder."""
+"""What one stage is given: a tiny teacher, random rows, and a folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from rnnzoo.conversions.context import Part, StageContext
 from rnnzoo.conversions.data import PackedTokens, TextHashes
-from rnnzoo.conversions.job import Job, Part
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.stages import run_stage
 from rnnzoo.conversions.student import build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 
@@ -40,7 +38,7 @@ def random_rows(count: int, length: int = LENGTH, documents: int = 1) -> PackedT
     return PackedTokens(ids, seq_ids.expand_as(ids), "test", TextHashes("test"))
 
 
-class OneStage(Job):
+class OneStage(StageContext):
     """Runs one stage; `callback` is its progress, and may stop it."""
 
     def __init__(self, teacher, folder: Path, *, rows: PackedTokens, per_step: int = 2, callback=None, **recipe: Any):
@@ -48,15 +46,14 @@ class OneStage(Job):
         self.rows = rows
         chosen = Recipe("test", "hedgehog", [], seq_len=rows.seq_len, batch_tokens=per_step * rows.seq_len, **recipe)
         folder.mkdir(parents=True, exist_ok=True)
-        run: Any = SimpleNamespace(folder=folder)
-        super().__init__(run, ref, chosen, None, "text", 0, torch.float32, callback or (lambda *_: None))
+        super().__init__(folder, ref, chosen, dtype=torch.float32, progress=callback)
 
     def packed(self, name: str, tokens: int, length: int | None = None) -> PackedTokens:
         return self.rows
 
     def do(self, stage, student) -> dict[str, Any]:
         """Runs the stage on all rows; the student changes in place."""
-        after, report = run_stage(self, stage, student, Part(stage.name, range(len(self.rows)), []))
+        after, report = stage.run(self, student, Part(stage.name, range(len(self.rows)), []))
         assert after is student
         return report
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.recipes.stages import Align
 from rnnzoo.conversions.stages import training
-from rnnzoo.conversions.stages.align import AlignLayers, aligned_parameters
+from rnnzoo.conversions.stages.align import Align, AlignLayers, aligned_parameters
 from rnnzoo.conversions.stages.layer_targets import mixer_inputs, output_projection
 from rnnzoo.conversions.stages.training import read_metrics, train_stage
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config

@@ -14,8 +14,9 @@ from rnnzoo.conversions.fit.observe import observe
 from rnnzoo.conversions.fit.spend import reallocated_config
 from rnnzoo.conversions.fit.state_errors import measure_states
 from rnnzoo.conversions.fit.trained_errors import measure_trained
-from rnnzoo.conversions.recipes import Recipe, load_recipe
-from rnnzoo.conversions.run import Run
+from rnnzoo.conversions.recipes import Recipe
+from rnnzoo.conversions.recipes.load import load_recipe
+from rnnzoo.conversions.run_folder import Run
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError

@@ -9,13 +9,14 @@ import pytest
 import torch
 import yaml
 
+from rnnzoo.conversions.context import Part
 from rnnzoo.conversions.convert import convert
 from rnnzoo.conversions.data import PackedTokens, TextHashes
-from rnnzoo.conversions.job import Part
-from rnnzoo.conversions.prepare import prepare_recipe
-from rnnzoo.conversions.recipes import Recipe, load_recipe
-from rnnzoo.conversions.recipes.stages import Calibrate
+from rnnzoo.conversions.recipes import Recipe
+from rnnzoo.conversions.recipes.load import load_recipe
+from rnnzoo.conversions.recipes.prepare import prepare_recipe
 from rnnzoo.conversions.stages import calibrate
+from rnnzoo.conversions.stages.calibrate import Calibrate, loss_on
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
@@ -39,9 +40,9 @@ def job_of(teacher, student: str, stage: Calibrate, rows: int = 4):
     job = types.SimpleNamespace(
         recipe=recipe,
         twin=attention_twin(teacher, model, torch.float32),
-        dtype=torch.float32,
+        bf16=False,
         seed=0,
-        packed=lambda name, tokens: data,
+        calibration=lambda: data,
         progress=lambda *_: None,
     )
     return job, build_student(teacher, model, config, student, torch.float32, 0)
@@ -52,7 +53,7 @@ def job_of(teacher, student: str, stage: Calibrate, rows: int = 4):
 def test_only_fresh_layers_change_and_the_record_says_what_it_brought(teacher, student, weighting):
     job, model = job_of(teacher, student, stage := Calibrate("fit", weighting=weighting, ridge=0.03))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    after, report = calibrate.run(job, stage, model, Part("fit", range(0), [1, 3]))
+    after, report = stage.run(job, model, Part("fit", range(0), [1, 3]))
     assert report["tokens"] == 4 * 48 and report["parts"] == stage.chosen(job.recipe)
     assert report["error_after"] <= report["error_before"]
     changed = {name for name, tensor in after.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -76,7 +77,7 @@ def test_a_fit_that_does_harm_is_taken_back(teacher, monkeypatch):
         return found
 
     monkeypatch.setattr(calibrate, "fit_layers", harm)
-    after, report = calibrate.run(job, stage, model, Part("fit", range(0), [0, 1, 2, 3]))
+    after, report = stage.run(job, model, Part("fit", range(0), [0, 1, 2, 3]))
     assert report["fits_kept"] is False and report["loss_after"] > report["loss_before"]
     assert seen["rows"] == 3  # the last row is for the judgement
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.state_dict().items())
@@ -90,7 +91,7 @@ def test_the_loss_is_that_of_the_model_within_documents(teacher):
     data = PackedTokens(ids, documents, "test", TextHashes("test"))
     parts = [model.eval()(part, labels=part, use_cache=False).loss for part in (ids[:, :25], ids[:, 25:])]
     expected = float((parts[0] * 24 + parts[1] * 14) / 38)
-    assert calibrate.loss_on(model, data, False) == pytest.approx(expected, rel=1e-5)
+    assert loss_on(model, data, False) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("student", ["gla", "retnet", "rwkv7"])

@@ -12,8 +12,9 @@ import yaml
 from rnnzoo.conversions.convert import convert
 from rnnzoo.conversions.data.chats import chat_tokens, examples, kind_of_source
 from rnnzoo.conversions.plan import make_plan
-from rnnzoo.conversions.recipes.stages import Dpo, Sft
-from rnnzoo.conversions.stages.examples import load_examples, prepare_examples, row_order, sources_of
+from rnnzoo.conversions.stages.dpo import Dpo
+from rnnzoo.conversions.stages.own_data import row_order
+from rnnzoo.conversions.stages.sft import Sft
 from rnnzoo.kernels.errors import RnnzooError
 
 from ...end_to_end.conftest import write_documents
@@ -59,7 +60,7 @@ class OwnStage(OneStage):
     def __init__(self, teacher, folder, source, stage, *, length: int = LENGTH, **options):
         super().__init__(teacher, folder, rows=random_rows(1, length), **options)
         self.chat_data = [source]
-        prepare_examples(self, stage)
+        stage.prepare(self)
 
 
 # Tokens of chats -----------------------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ def sft_loss(student, rows) -> torch.Tensor:
 def test_the_loss_of_packed_chats_is_that_of_chats_alone(teacher, tmp_path, mixer):
     stage = Sft("chat", trains="mixers", lr=1e-3)
     job = OwnStage(teacher, tmp_path, chats(tmp_path / "c.jsonl"), stage, length=64, per_step=3)
-    dataset, record = load_examples(job, stage)
+    dataset, record = stage.load(job)
     assert record["examples"] == 24 and max(len(lengths) for lengths in dataset["seq_lengths"]) > 1
     student = student_of(teacher, mixer)
     order = row_order(len(dataset), 1, 3, 0)
@@ -130,21 +131,21 @@ def test_the_loss_of_packed_chats_is_that_of_chats_alone(teacher, tmp_path, mixe
 def test_loss_on_all_learns_every_token(teacher, tmp_path):
     stage = Sft("chat", loss_on="all")
     job = OwnStage(teacher, tmp_path, chats(tmp_path / "c.jsonl"), stage)
-    for row in load_examples(job, stage)[0]:
+    for row in stage.load(job)[0]:
         assert row["labels"] == row["input_ids"]
 
 
 def test_a_share_takes_as_much_as_these_tokens(teacher, tmp_path):
     stage = Sft("chat", share=0.5)
     job = OwnStage(teacher, tmp_path, chats(tmp_path / "c.jsonl"), stage, tokens=400)
-    assert 200 <= load_examples(job, stage)[1]["tokens"] < 200 + LENGTH
+    assert 200 <= stage.load(job)[1]["tokens"] < 200 + LENGTH
 
 
 def test_pairs_of_two_like_answers_or_too_long_ones_are_left_out(teacher, tmp_path):
     records = [{"prompt": "a", "chosen": "b", "rejected": said} for said in ("c", "b", "c" * 500)]
     stage = Dpo("prefer")
     job = OwnStage(teacher, tmp_path, written(tmp_path / "p.jsonl", records), stage, length=128)
-    record = load_examples(job, stage)[1]
+    record = stage.load(job)[1]
     assert (record["examples"], record["left_out"]) == (1, 2)
 
 
@@ -157,7 +158,7 @@ def test_chats_of_the_evaluation_text_are_left_out(teacher, tmp_path):
         evaluation_texts = [shown]
 
     job = Evaluated(teacher, tmp_path, written(tmp_path / "c.jsonl", records), stage, length=128)
-    record = load_examples(job, stage)[1]
+    record = stage.load(job)[1]
     assert (record["examples"], record["left_out"]) == (1, 1)
 
 
@@ -176,7 +177,7 @@ def test_the_loss_is_that_of_dpo_against_the_student_before(teacher, tmp_path):
     """Of the first pair it is log 2; of the second it follows the formula, with the weights after one step."""
     stage = Dpo("prefer", lr=1e-2, new_lr=1e-2, beta=0.3, batch=1, schedule="constant", warmup=0.0)
     job = OwnStage(teacher, tmp_path, pairs(tmp_path / "p.jsonl", 4), stage, length=128)
-    pair = load_examples(job, stage)[0][row_order(4, 1, 1, 0)[1]]
+    pair = stage.load(job)[0][row_order(4, 1, 1, 0)[1]]
     answers = [pair["prompt"][0]["content"], pair["chosen"][0]["content"], pair["rejected"][0]["content"]]
     student, tokenizer = student_of(teacher), tiny_tokenizer()
     seen = []
@@ -260,10 +261,10 @@ def test_a_record_that_is_not_of_the_kind_is_told(tmp_path, kind, record, messag
 def test_what_is_given_goes_to_the_stages_of_its_kind(tmp_path):
     given = [pairs(tmp_path / "p.jsonl"), chats(tmp_path / "c.jsonl")]
     assert [kind_of_source(source) for source in given] == ["preference", "chat"]
-    assert sources_of(Sft("chat"), given) == given[1:] and sources_of(Dpo("prefer"), given) == given[:1]
-    assert sources_of(Sft("chat", data="mine.jsonl"), given) == ["mine.jsonl"]
+    assert Sft("chat").sources(given) == given[1:] and Dpo("prefer").sources(given) == given[:1]
+    assert Sft("chat", data="mine.jsonl").sources(given) == ["mine.jsonl"]
     with pytest.raises(RnnzooError, match="The stage prefer needs preferences of its own"):
-        sources_of(Dpo("prefer"), given[1:])
+        Dpo("prefer").sources(given[1:])
     plain = tmp_path / "plain.txt"
     plain.write_text("Who?\n")
     with pytest.raises(RnnzooError, match=r"plain.txt is plain text; records are needed here"):

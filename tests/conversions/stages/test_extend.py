@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from rnnzoo.conversions.data import PackedTokens, TextHashes
-from rnnzoo.conversions.recipes.stages import Extend, Train
-from rnnzoo.conversions.stages.extend import ExtendContext
-from rnnzoo.conversions.stages.train import TrainEndToEnd, next_tokens
-from rnnzoo.conversions.stages.training import TrainingArguments
+from rnnzoo.conversions.stages.extend import Extend, ExtendContext
+from rnnzoo.conversions.stages.train import Train, TrainEndToEnd
+from rnnzoo.conversions.stages.training import TrainingArguments, next_tokens
 from rnnzoo.conversions.student import attention_twin
 from rnnzoo.zoo.core.cache import RecurrentCache
 

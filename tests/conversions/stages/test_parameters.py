@@ -9,8 +9,7 @@ import torch
 
 from rnnzoo.conversions.data import PackedTokens, TextHashes
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.recipes.stages import Align
-from rnnzoo.conversions.stages.align import AlignLayers, aligned_parameters
+from rnnzoo.conversions.stages.align import Align, AlignLayers, aligned_parameters
 from rnnzoo.conversions.stages.parameters import decay_names, parts_of
 from rnnzoo.conversions.stages.training import train_stage
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config

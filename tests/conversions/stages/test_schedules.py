@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
-from rnnzoo.conversions.recipes.stages import Align
+from rnnzoo.conversions.stages.align import Align
 from rnnzoo.conversions.stages.schedules import rate_factor
 
 

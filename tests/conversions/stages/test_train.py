@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rnnzoo.conversions.recipes.stages import Train
+from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.stages import cached_teacher
 from rnnzoo.conversions.stages.cached_teacher import CachedRows, repeated, write_shards
-from rnnzoo.conversions.stages.lora import check_lora, lora_targets, trainable
-from rnnzoo.conversions.stages.other_teacher import check_other_teacher, check_same_tokenizer
+from rnnzoo.conversions.stages.distilled import check_same_tokenizer
+from rnnzoo.conversions.stages.end_to_end import check_lora, lora_targets, trainable
 from rnnzoo.conversions.stages.parameters import parts_of
-from rnnzoo.conversions.stages.train import TrainEndToEnd
+from rnnzoo.conversions.stages.train import Train, TrainEndToEnd
 from rnnzoo.conversions.stages.training import TrainingArguments
 from rnnzoo.conversions.student import attention_twin
 from rnnzoo.conversions.teachers import resolve_teacher
@@ -268,4 +268,4 @@ def test_a_teacher_with_another_tokenizer_or_shorter_positions_is_refused(teache
         check_same_tokenizer(other, teacher[0])
     assert "\n" not in str(raised.value)
     with pytest.raises(RnnzooError, match=r"A sequence length of 32 does not suit the teacher tiny-llama"):
-        check_other_teacher(stage_of(teacher=str(folder)), 32)
+        stage_of(teacher=str(folder)).other_teacher(Recipe("test", "hedgehog", [], seq_len=32))

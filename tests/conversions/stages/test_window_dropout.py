@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rnnzoo.conversions.prepare import prepare_recipe
+from rnnzoo.conversions.recipes.prepare import prepare_recipe
 from rnnzoo.conversions.stages.window_dropout import kept_share, reduced_windows
 from rnnzoo.conversions.student import attention_twin
 from rnnzoo.conversions.teachers import resolve_teacher

@@ -9,12 +9,11 @@ is converted.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +21,13 @@ from torch import Tensor
 from ..kernels.cache import cache_root
 from ..kernels.errors import RnnzooError
 from ..kernels.losses import linear_kl
+from ..zoo.core.heads import RecurrentForCausalLM
+from ..zoo.core.mixer import Context
+from .context import Part, StageContext
 from .files import replace_text
+from .recipes import Recipe
 from .recipes.keep import check_ranking
-from .recipes.stages import Calibrate
-
-if TYPE_CHECKING:
-    from ..zoo.core.heads import RecurrentForCausalLM
-    from ..zoo.core.mixer import Context
-    from .job import Job
-    from .recipes import Recipe
-    from .teachers import TeacherRef
+from .teachers import TeacherRef
 
 __all__ = ["default_path", "load_ranking", "measure_layers", "rank_layers", "save_ranking"]
 
@@ -40,26 +36,24 @@ EVERY = 4  # tokens for one whose predictions are compared: the head is a large 
 SCHEMA = 1
 
 
-def rank_layers(job: Job) -> dict[str, Any]:
+def rank_layers(context: StageContext) -> dict[str, Any]:
     """Measures every layer on the first tokens of the calibration text.
 
     Returns:
         A record with `order`, the layers with the most important first, and `layers`, the figures of each.
     """
-    from .data import PackedTokens
-
     started = time.monotonic()
-    data: PackedTokens = job.packed("calibration", job.recipe.calibration_tokens)
+    data = context.calibration()
     data = data.rows(0, min(len(data), -(-TOKENS // data.seq_len)))
-    student = calibrated_student(job)
-    report = lambda done, total: job.progress("select", done, total, {})  # noqa: E731
-    figures = measure_layers(job.twin, student.to(job.dtype).eval(), data, report)
+    student = calibrated_student(context)
+    report = lambda done, total: context.progress("select", done, total, {})  # noqa: E731
+    figures = measure_layers(context.twin, student.to(context.dtype).eval(), data, report)
     order = sorted(range(len(figures)), key=lambda i: (-figures[i]["swap_kl"], -figures[i]["bypass_kl"], i))
     return {
         "schema": SCHEMA,
-        "teacher": job.teacher.sha,
-        "recipe": job.recipe.name,
-        "student": job.recipe.student,
+        "teacher": context.teacher.sha,
+        "recipe": context.recipe.name,
+        "student": context.recipe.student,
         "tokens": data.num_tokens,
         "seconds": round(time.monotonic() - started, 1),
         "order": order,
@@ -67,21 +61,14 @@ def rank_layers(job: Job) -> dict[str, Any]:
     }
 
 
-def calibrated_student(job: Job) -> Any:
-    """A student of which every layer is converted, after the recipe's closed forms.
-
-    Each mixer is to stand in for its layer alone, so none mends what others would have left.
-    """
-    from .job import Part
-    from .stages import run_stage
-
-    student = job.initialise(None, [])
+def calibrated_student(context: StageContext) -> Any:
+    """A student of which every layer is converted, after the recipe's closed forms."""
+    student = context.initialise(None, [])
     layers = list(range(student.config.num_hidden_layers))
-    for stage in job.recipe.stages:
-        if not isinstance(stage, Calibrate):
+    for stage in context.recipe.stages:
+        if (first := stage.for_ranking()) is None:
             break  # what comes after training is for a trained student
-        stage = dataclasses.replace(stage, budget_context=0, correct=0.0)
-        student, _ = run_stage(job, stage, student, Part("select", range(0), layers))
+        student, _ = first.run(context, student, Part("select", range(0), layers))
     return student
 
 
