@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .style import ATTENTION, GREY, MIXERS, WINDOWS
+from .style import ATTENTION, BACKGROUNDS, GREY, INK, MIXERS, WINDOWS
 
 __all__ = ["draw_layers"]
 
@@ -54,7 +54,7 @@ def _cells(axes: Any, kinds: list[str], windows: list[Any], heads: int) -> None:
         for head, size in enumerate(own):
             shade = _shade(size, longest)
             axes.add_patch(Rectangle((layer - 0.46, head - 0.44), 0.92, 0.88, color=shade, linewidth=0))
-            ink = "#ffffff" if sum(shade) < 1.5 else "#10202c"
+            ink = BACKGROUNDS[0] if sum(shade) < 1.5 else INK
             shown = f"{size // 1024}k" if size >= 1024 and size % 1024 == 0 else str(size)
             axes.text(layer, head, shown, ha="center", va="center", color=ink, fontsize=6 if len(kinds) > 16 else 8)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from site_pictures import concepts, results
-from site_pictures.style import DARK, LIGHT
+
+from rnnzoo.cards.style import DARK, LIGHT
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"

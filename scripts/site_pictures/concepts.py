@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .style import Theme, arrow, box, figure, label
+from rnnzoo.cards.style import Theme
+
+from .style import arrow, box, figure, label
 
 __all__ = ["conversion", "hybrid", "state", "window"]
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .style import Theme
+from rnnzoo.cards.style import Theme
 
 __all__ = ["draw", "numbers"]
 

@@ -1,32 +1,12 @@
-"""What all pictures share: two themes, one for light and one for dark pages, and the few shapes they are made of."""
+"""The few shapes that all pictures are made of."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DARK", "LIGHT", "Theme", "arrow", "box", "figure", "label"]
+from rnnzoo.cards.style import Theme
 
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours, as matplotlib takes them. Blue is the student, vermilion attention, green what is trained or exact.
-
-    `ink` is text and lines, `faint` what stands behind, `paper` the page (only inside hollow marks).
-    """
-
-    name: str
-    ink: str
-    faint: str
-    paper: str
-    blue: str
-    red: str
-    green: str
-    grey: str
-
-
-LIGHT = Theme("light", "#24292f", "#d0d7de", "#ffffff", "#0072b2", "#d55e00", "#117a52", "#6e7781")
-DARK = Theme("dark", "#e6edf3", "#444c56", "#1e2129", "#56b4e9", "#f0883e", "#3fb68b", "#9aa4af")
+__all__ = ["arrow", "box", "figure", "label"]
 
 
 def figure(theme: Theme, width: float, height: float) -> Any:

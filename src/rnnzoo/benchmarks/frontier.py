@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..cards.style import GREY, LIGHT, MIXERS
+
 __all__ = ["draw", "frontier_rows", "frontier_table"]
 
 PANELS = (
@@ -15,7 +17,7 @@ PANELS = (
     ("recall 2,048 tokens back", "recall_2048"),
 )
 CONTEXT = 8192  # at which the bytes of kept attention are counted
-COLOURS = {"rnnzoo": "#0072B2", "window + sinks": "#D55E00", "tova": "#CC79A7"}
+COLOURS = {"rnnzoo": LIGHT.blue, "window + sinks": LIGHT.red, "tova": MIXERS[2]}
 
 
 def frontier_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -62,7 +64,7 @@ def draw(rows: Sequence[dict[str, Any]], teacher: dict[str, Any], path: Path) ->
                 colour = COLOURS.get(name, others(number % 8))
                 axis.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=4)
         if teacher.get(key) is not None:
-            axis.axhline(teacher[key], color="#777777", linestyle=":", label="teacher")
+            axis.axhline(teacher[key], color=GREY, linestyle=":", label="teacher")
         axis.set(xscale="log", xlabel="state, MB", title=title)
         if key.startswith("ppl"):
             axis.set_yscale("log")

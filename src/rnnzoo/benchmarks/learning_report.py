@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..cards.style import LIGHT
 from ..conversions.data.synthetic import LANGUAGES
 
 __all__ = ["draw", "table"]
 
 Record = dict[str, Any]
-COLOUR, LIGHT, LINE = "#0072B2", "#D55E00", "#BBBBBB"
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def draw(records: Iterable[Record], path: Path) -> None:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.xaxis.set_minor_formatter(NullFormatter())
         if column.chance is not None:
-            axes.axvline(column.chance, color=LINE, linestyle=":", linewidth=1)
+            axes.axvline(column.chance, color=LIGHT.faint, linestyle=":", linewidth=1)
             axes.set_xlim(-0.04, 1.04)
             axes.set_xticks([0.0, 0.5, 1.0])
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -119,11 +119,13 @@ def draw(records: Iterable[Record], path: Path) -> None:
             if record := rows[name].get(column.task):
                 values = [record[key] for key in column.keys]
                 if len(values) > 1:
-                    axes.plot(values, [y] * len(values), color=LINE, linewidth=1.5, zorder=1)
-                    axes.scatter(values[1:], [y], s=26, facecolors="white", edgecolors=LIGHT, linewidths=1.3, zorder=3)
-                axes.scatter(values[:1], [y], s=22, color=COLOUR, zorder=2)
+                    axes.plot(values, [y] * len(values), color=LIGHT.faint, linewidth=1.5, zorder=1)
+                    axes.scatter(
+                        values[1:], [y], s=26, facecolors="white", edgecolors=LIGHT.red, linewidths=1.3, zorder=3
+                    )
+                axes.scatter(values[:1], [y], s=22, color=LIGHT.blue, zorder=2)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
-    figure.supxlabel("filled: at length 40, open: at length 256, dotted: chance", fontsize=7, color="#555555")
+    figure.supxlabel("filled: at length 40, open: at length 256, dotted: chance", fontsize=7, color=LIGHT.grey)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})

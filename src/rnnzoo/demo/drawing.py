@@ -1,6 +1,6 @@
 """What the page shows of the models, as HTML and SVG: panels with text and figures, and memory by tokens.
 
-Everything that comes from a model or a user is escaped. Colours are the page's own, light and dark.
+Everything that comes from a model or a user is escaped. Colours are those of the project's pictures, light and dark.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..cards.style import ATTENTION, DARK, LIGHT
 from ..cli.quantities import format_bytes, format_count
 from .streaming import Snapshot
 
 __all__ = ["CSS", "chart", "heading", "panel"]
 
-ATTENTION = ("full_attention", "sliding_attention")
 PHASES = {
     "reading": "reading the prompt",
     "answering": "answering",
@@ -27,9 +27,10 @@ FIRST, LAST = 16, 32768  # tokens, the ends of the chart
 
 # Gradio's own rules for text in HTML (class prose) give every element a colour and margins, hence "!important". It
 # takes the sheet apart into single properties, and loses a shorthand with a variable of which one side is overridden.
-CSS = """
-.zoo { --student: #0d9488; --teacher: #b45309; font-variant-numeric: tabular-nums; }
-.dark .zoo { --student: #2dd4bf; --teacher: #fbbf24; }
+CSS = f"""
+.zoo {{ --student: {LIGHT.blue}; --teacher: {LIGHT.red}; font-variant-numeric: tabular-nums; }}
+.dark .zoo {{ --student: {DARK.blue}; --teacher: {DARK.red}; }}"""
+CSS += """
 .zoo .student { color: var(--student) !important; } .zoo .teacher { color: var(--teacher) !important; }
 .zoo-head h1 { font-size: 1.5rem; margin: 0 !important; }
 .zoo-head p { margin: 2px 0 0 !important; opacity: .75; }
