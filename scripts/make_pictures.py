@@ -13,13 +13,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from site_pictures import concepts, results
+from site_pictures import concepts, paths, results
 
 from rnnzoo.cards.style import DARK, LIGHT
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
-CONCEPTS = {name: getattr(concepts, name) for name in concepts.__all__}
+CONCEPTS = {name: getattr(part, name) for part in (concepts, paths) for name in part.__all__}
 
 
 def main() -> None:
@@ -39,6 +39,7 @@ def _save(drawing: Any, stem: Path, theme: Any, png: bool, data: Any = None) -> 
     import matplotlib
 
     if png:
+        drawing.patch.set_alpha(1)
         drawing.savefig(f"{stem}.png", dpi=110, facecolor=theme.paper)
         return
     # No date and fixed names inside: the same numbers give the same file.
