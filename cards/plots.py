@@ -13,12 +13,12 @@ import json
 import logging
 import os
 import struct
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from ..kernels.errors import RnnzooError
+from ..kernels.files import replacing
 from .style import STYLE
 
 __all__ = ["PLOTS", "current_plots", "drawn_from", "write_plots"]
@@ -139,15 +139,9 @@ def _draw(path: Path, name: str, results: dict[str, Any]) -> None:
 
 def _save(figure: Any, path: Path, metadata: dict[str, str | None]) -> None:
     """Without the default metadata (the library's version) the same numbers give the same file."""
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".png")
-        os.close(descriptor)
-        figure.savefig(temporary, metadata=metadata, transparent=True)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", metadata=metadata, transparent=True)
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
         raise RnnzooError(f"Cannot write {path}: {error.strerror or error}.") from None

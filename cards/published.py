@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.errors import RnnzooError
+from ..kernels.files import check_safetensors
 
 __all__ = ["PublishedFile", "local_paths", "published_files", "read_results", "stale_weights", "with_contents"]
 
@@ -147,7 +148,7 @@ def _check_weights(folder: Path, found: list[PublishedFile], left: list[str]) ->
             )
         raise RnnzooError(f"{folder} holds no weights (no *.safetensors); nothing to push.")
     for file in weights:
-        _check_safetensors(folder / file.path, file.size)
+        check_safetensors(folder / file.path, "save the model again")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -156,22 +157,3 @@ def _check_weights(folder: Path, found: list[PublishedFile], left: list[str]) ->
             raise RnnzooError(f"{index} is damaged ({type(error).__name__}); save the model again.") from None
         if missing := sorted(named - {file.path for file in weights}):
             raise RnnzooError(f"{folder} lacks {missing[0]}, which {index.name} names; save the model again.")
-
-
-def _check_safetensors(path: Path, size: int) -> None:
-    """The header's length and offsets against the file's size; no tensor is read."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        try:
-            if len(start) < 8 or length > size - 8:
-                raise ValueError
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise RnnzooError(f"{path} is no readable safetensors file ({size} bytes); save the model again.") from None
-    if 8 + length + max(ends, default=0) != size:
-        raise RnnzooError(
-            f"{path} is damaged: its header describes {8 + length + max(ends, default=0)} bytes, the file has {size}; "
-            "save the model again."
-        )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import jinja2
 
 from ..kernels.errors import RnnzooError
+from ..kernels.files import replace_text
 from . import commands
 from .chain import licence_chain, licence_words
 from .citations import citations
@@ -150,18 +149,7 @@ def _holds_code(folder: Path) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8", newline="\n"
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        replace_text(path, text)
     except OSError as error:
-        if temporary:
-            temporary.unlink(missing_ok=True)
         raise RnnzooError(f"Cannot write {path}: {error.strerror or error}.") from None

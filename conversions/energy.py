@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.errors import RnnzooError
-from .files import replace_text
+from ..kernels.files import replace_text
 
 __all__ = ["check_energy", "energy_record", "measured_energy"]
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..kernels.cache import cache_root
 from ..kernels.errors import RnnzooError
+from ..kernels.files import replace_text
 from ..kernels.losses import linear_kl
 from ..zoo.core.heads import RecurrentForCausalLM
 from ..zoo.core.mixer import Context
 from .context import Part, StageContext
-from .files import replace_text
 from .recipes import Recipe
 from .recipes.keep import check_ranking
 from .teachers import TeacherRef

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.errors import RnnzooError
-from .files import replace_text
+from ..kernels.files import replace_text
 
 __all__ = ["FINISHED", "RANKING", "Run", "alone_in", "holds_run", "join_run", "open_run", "write_json"]
 

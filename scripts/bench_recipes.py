@@ -23,7 +23,7 @@ import click
 
 from rnnzoo.cli.progress import ProgressReport
 from rnnzoo.cli.quantities import BYTES, COUNT, COUNT_OR_NONE
-from rnnzoo.conversions.files import replace_text
+from rnnzoo.kernels.files import replace_text
 
 TOKENS = (0, 50_000, 250_000, 1_000_000)
 BUDGETS = tuple(int(mb * 1e6) for mb in (0.5, 1, 1.5, 2, 4, 8, 16, 32))

@@ -22,9 +22,9 @@ import torch
 from rnnzoo.benchmarks.learning import TASKS, config_of, learn, make_task
 from rnnzoo.benchmarks.learning_report import draw, table
 from rnnzoo.cli.quantities import COUNT
-from rnnzoo.conversions.files import replace_text
 from rnnzoo.conversions.memory import keep_freed_memory
 from rnnzoo.kernels.errors import RnnzooError
+from rnnzoo.kernels.files import replace_text
 from rnnzoo.zoo.core.registry import architectures
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import RnnzooError
-from ..files import replace_text
+from ...kernels.files import replace_text
 from ..teachers.files import hub_reachable
 from .corpus import Corpus, corpus_from_texts, mixed_corpus, open_corpus
 from .installed import PROSE_SOURCE, python_prose

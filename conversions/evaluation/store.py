@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import RnnzooError
-from ..files import replace_text
+from ...kernels.files import replace_text
 
 __all__ = ["Store", "folder_sha256", "read_json", "write_json"]
 

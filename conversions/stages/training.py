@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ...kernels.files import replace_text
 from ...zoo.core.heads import RecurrentForCausalLM
 from ..context import Part, StageContext
 from ..data import PackedTokens
-from ..files import replace_text
 from ..precision import mixed_precision
 from ..processes import Processes, rows_per_step
 from ..sharding import is_sharded, shard_frozen, units

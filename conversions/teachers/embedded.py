@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import RnnzooError
+from ...kernels.files import check_safetensors
 from .families import FAMILIES
-from .files import cache_root, check_safetensors, quiet_loading, user_errors
+from .files import cache_root, quiet_loading, user_errors
 from .gguf import load_gguf_weights, read_gguf_header
 from .tokenizer import gguf_tokenizer
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ from ...kernels.errors import RnnzooError
 
 __all__ = [
     "cache_root",
-    "check_safetensors",
     "content_hash",
     "foreign_code",
     "hub_reachable",
@@ -85,36 +83,6 @@ def content_hash(paths: list[Path]) -> str:
                 file.seek(max(0, size - SAMPLE_BYTES) * i // (SAMPLES_PER_FILE - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return ("sampled-sha256:" if sampled else "sha256:") + digest.hexdigest()
-
-
-def check_safetensors(path: Path) -> None:
-    """Reads the header of a safetensors file and compares it with the file's length; reads no tensor.
-
-    Raises:
-        RnnzooError: missing, empty, a Git LFS pointer, an unreadable header, or fewer bytes than the header promises.
-    """
-    if not path.is_file():
-        raise RnnzooError(f"The weight file {path} is missing; download the model again.")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if start == b"version ":
-            raise RnnzooError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in that folder.")
-        length = int.from_bytes(start, "little")
-        try:
-            if len(start) < 8 or length > size - 8:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-            promised = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise RnnzooError(
-                f"{path} is not a readable safetensors file ({size} bytes; its header is damaged); download it again."
-            ) from error
-    if 8 + length + promised != size:
-        raise RnnzooError(
-            f"{path} is damaged: its header describes {8 + length + promised} bytes, the file has {size}; "
-            "download it again."
-        )
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ...kernels.errors import RnnzooError
+from ...kernels.files import check_safetensors
 from . import embedded
 from .card import stated_in_card
 from .families import FAMILIES, Family, count_parameters, family_of
-from .files import check_safetensors, content_hash, hub_reachable, quiet_loading, user_errors
+from .files import content_hash, hub_reachable, quiet_loading, user_errors
 from .gguf import gguf_config, gguf_family, load_gguf_weights, read_gguf_header
 from .tokenizer import first_line, folder_tokenizer, gguf_tokenizer
 

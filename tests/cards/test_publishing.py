@@ -95,7 +95,7 @@ def test_folders_that_are_no_whole_model_are_refused(folder, tmp_path):
     (folder / "model.safetensors").write_bytes(whole[:-4])
     refused("is damaged")
     (folder / "model.safetensors").write_bytes(b"x")
-    refused("no readable safetensors")
+    refused("not a readable safetensors file .*; save the model again")
     (folder / "model.safetensors").write_bytes(whole)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
     refused("lacks model-2.safetensors")

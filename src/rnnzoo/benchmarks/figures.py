@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..conversions.files import replace_text
+from ..kernels.files import replace_text
 
 __all__ = ["Figure", "median_of_rounds", "report"]
 

@@ -11,9 +11,9 @@ import yaml
 
 from ..conversions.evaluation import Limits, evaluate
 from ..conversions.evaluation.window_baseline import kv_bytes_per_token
-from ..conversions.files import replace_text
 from ..conversions.recipes import list_recipes
 from ..conversions.teachers import TeacherRef
+from ..kernels.files import replace_text
 
 __all__ = ["DISTANCES", "Run", "bounded_cache", "figures_of", "grid", "measure", "recipe_table"]
 

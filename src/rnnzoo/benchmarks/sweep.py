@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..conversions.files import replace_text
 from ..kernels.dispatch import backends
+from ..kernels.files import replace_text
 from .cases import CASES, STEP_CASES, Case
 from .peers import PEERS
 from .timing import Machine, seconds

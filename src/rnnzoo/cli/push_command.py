@@ -158,7 +158,7 @@ def _card_with_code(files: list[PublishedFile], made: dict[str, bytes]) -> dict[
 def _record_permission(folder: Path, results: dict[str, Any]) -> None:
     import json
 
-    from ..conversions.files import replace_text
+    from ..kernels.files import replace_text
 
     results["publish"] = (results.get("publish") or {}) | {"permission": True}
     try:
