@@ -65,6 +65,7 @@ def outcome(folder: Path) -> dict:
         seen["rolled_back"] = rolled_back(model, expected["calls"]["plain"]["input_ids"])
     seen |= trained(model, expected)
     seen["compiled"] = sorted(sys.modules[f"{package}.kernels_native"]._libraries)
+    seen["triton"] = f"{package}.kernels_gated_linear_attention_triton_" in sys.modules
     return seen
 
 

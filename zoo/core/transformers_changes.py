@@ -69,10 +69,18 @@ CHANGES: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _LayerTypes(tuple):
-    """Layer types of transformers, and any that the zoo has a mixer for."""
+    """Layer types of transformers, and any that the zoo has a mixer for.
+
+    `others` may be such a tuple of another version of the zoo, which a published model has brought along.
+    """
+
+    def __new__(cls, others: tuple[str, ...]) -> _LayerTypes:
+        self = super().__new__(cls, others)
+        self.others = others
+        return self
 
     def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or (isinstance(key, str) and has_mixer(key))
+        return key in self.others or (isinstance(key, str) and has_mixer(key))
 
 
 class _Configs(dict):
