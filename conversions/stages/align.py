@@ -17,12 +17,13 @@ from ...kernels.errors import RnnzooError
 from ...zoo.core.configuration import RecurrentConfig
 from ...zoo.core.heads import RecurrentForCausalLM
 from ...zoo.core.registry import ATTENTION_TYPES
+from ...zoo.core.sizes import causal_lm_class
 from ..context import Part, StageContext
 from ..recipes import Recipe
 from ..teachers import TeacherRef
-from .base import Cost, TrainedStage
+from .base import Cost, Stage, TrainedStage
 from .layer_targets import LOSSES, check_target, mixer_inputs, seen_layers, what_it_does
-from .parameters import decay_names, parts_of
+from .parameters import anything_new, decay_names, parts_of
 from .training import StageTrainer, train
 
 __all__ = ["Align", "AlignLayers", "aligned_parameters"]
@@ -88,6 +89,12 @@ class Align(TrainedStage):
     def check_student(self, recipe: Recipe, teacher: TeacherRef, config: RecurrentConfig, dtype: torch.dtype) -> None:
         super().check_student(recipe, teacher, config, dtype)
         check_target(self.target, recipe.student, config)
+        with torch.device("meta"):
+            aligned_parameters(self, causal_lm_class(recipe.student)(config))
+
+    def for_student(self, student: str) -> Stage | None:
+        """None where nothing in such layers is new, and the stage is to train no more."""
+        return self if self.trains == "mixers" or anything_new(student) else None
 
     def whole_model_because(self, recipe: Recipe) -> str | None:
         if self.inputs != "teacher" or self.order != "parallel":

@@ -6,9 +6,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ...zoo.core.registry import ATTENTION_TYPES, mixer_class
+import torch
 
-__all__ = ["decay_names", "parts_of"]
+from ...zoo.core.registry import ATTENTION_TYPES, mixer_class
+from ...zoo.core.sizes import architecture_config, causal_lm_class
+
+__all__ = ["anything_new", "decay_names", "parts_of"]
 
 WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|base_layer)\.")  # of activation checkpointing, and of LoRA
 
@@ -39,6 +42,15 @@ def decay_names(student: Any) -> set[str]:
     for kind, _, names in _by_mixer(student):
         found |= {name for own, name in names.items() if own.startswith(mixer_class(kind).decay_parameters)}
     return found
+
+
+def anything_new(student: str) -> bool:
+    """Whether a mixer of usual settings has parameters that do not come from a teacher."""
+    cls, heads = architecture_config(student), {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    fields = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "layer_types": [student]}
+    with torch.device("meta"):
+        model = causal_lm_class(student)(cls(**(fields | heads | cls.student_fields(2, 2, 8))))
+    return "new" in parts_of(model).values()
 
 
 def _by_mixer(student: Any) -> Iterator[tuple[str, int, dict[str, str]]]:

@@ -56,6 +56,17 @@ def test_a_recipe_takes_another_student(teachers, student):
     assert plan(teachers["llama"], "supra", student="supra") == plan(teachers["llama"], "supra")
 
 
+@pytest.mark.parametrize("student", ["based", "tova"])
+def test_a_student_in_which_nothing_is_new_is_not_aligned(teachers, student, tmp_path):
+    said = plan(teachers["llama"], "rnnzoo", student=student)
+    assert [stage["stage"] for stage in said["stages"]] == ["calibrate", "distill"]
+    recipe = tmp_path / "own.yaml"
+    stages = "[{name: align, kind: align, share: 1.0}]"
+    recipe.write_text(f"student: {student}\ntokens: 1000\nseq_len: 64\nbatch_tokens: 64\nstages: {stages}\n")
+    with pytest.raises(RnnzooError, match=f"nothing in a '{student}' layer is new .* trains: mixers"):
+        plan(teachers["llama"], str(recipe))
+
+
 def test_the_embedded_teacher_is_planned_within_seconds():
     started = time.process_time()
     said = plan(None, "rnnzoo")
