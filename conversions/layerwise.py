@@ -185,22 +185,11 @@ class Layers:
         return {"before": before, "after": after}
 
     def _fit_features(self, theirs: Any, ours: Any, stream: Stream) -> None:
-        from ..zoo.hedgehog.modeling_hedgehog import HedgehogMixer
-        from .fit.features import fit_head
-        from .fit.observe import Observed
+        from .fit.observe import sample_rows
 
-        mixer = ours.mixer
-        if not (isinstance(mixer, HedgehogMixer) and mixer.prototypes and mixer.features):
-            return
-        q, k, v = theirs.mixer.proj.split(theirs.input_layernorm(stream.hidden))
-        turned = [stream.ctx.rotary.rotate(x, stream.ctx.positions) for x in (q, k)]
-        weight = theirs.mixer.proj.o_proj.weight.float()
-        heads = [x[0].float() for x in (q, k, v, *turned)]
-        seen = Observed(*heads, torch.ones_like(stream.hidden[0]).float(), weight)
+        q, k, _ = (x[0].float() for x in theirs.mixer.proj.split(theirs.input_layernorm(stream.hidden)))
         with mixed_precision("cpu", False):
-            rotation = self.twin_skeleton.model.rotary.get(torch.arange(len(heads[0])))
-            for head in range(seen.k.shape[1]):
-                fit_head(mixer, seen, head, rotation, self.context.seed)
+            ours.mixer.fit_features(q, k, stream.ctx, sample_rows(len(q), self.context.seed), self.context.seed)
 
     def align(self, stage: Align, previous: str, data: PackedTokens) -> dict[str, Any]:
         started = time.monotonic()

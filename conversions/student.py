@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ from ..kernels.errors import RnnzooError
 from ..zoo.core.mixer import AttentionWeights
 from ..zoo.core.registry import config_class
 from ..zoo.core.sizes import causal_lm_class
+from .fit.budget import StateBudget
 from .recipes import Recipe
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attention_twin",
+    "budget_of",
     "build_student",
     "continue_from",
     "layer_types",
@@ -57,6 +61,15 @@ def student_config(teacher: TeacherRef, recipe: Recipe, types: list[str], **opti
         raise RnnzooError(f"The recipe's student cannot be built: {' '.join(str(error).split())}") from error
     config.architectures = [causal_lm_class(recipe.student).__name__]
     return config
+
+
+def budget_of(
+    teacher: TeacherRef, recipe: Recipe, dtype: torch.dtype, widths: Sequence[int] = (), context: int = 0
+) -> StateBudget:
+    """The recipe's state budget, and what may be bought with it; see `StateBudget`."""
+    make = functools.partial(student_config, teacher, recipe)
+    own = teacher.family.attention_types(teacher.config)
+    return StateBudget(make, own, recipe.state_budget or 0, dtype, widths, context)
 
 
 def build_student(

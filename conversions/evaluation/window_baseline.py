@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from ...kernels.errors import RnnzooError
+from ...zoo.core.rotary import turn
 
 __all__ = ["SINKS", "WindowSpec", "active_window", "kv_bytes_per_token", "window_attention", "window_for_bytes"]
 
@@ -206,9 +207,5 @@ def _softmax(
 
 def _turn_back(query: Tensor, steps: Tensor, frequencies: Tensor) -> Tensor:
     """Rotated queries (B, H, T, D) as they would be `steps` (., T) positions earlier; half-split rotary layout."""
-    width = 2 * frequencies.shape[0]
-    angle = -steps[:, None, :, None].float() * frequencies.to(query.device)  # (., 1, T, width / 2)
-    cos, sin = angle.cos(), angle.sin()
-    first, second = query[..., : width // 2].float(), query[..., width // 2 : width].float()
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(query.dtype)
-    return torch.cat([turned, query[..., width:]], dim=-1)
+    angle = -steps[:, None, :, None].float() * torch.cat([frequencies, frequencies]).to(query.device)
+    return turn(query.float(), angle.cos(), angle.sin()).to(query.dtype)

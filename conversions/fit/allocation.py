@@ -10,20 +10,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...kernels.errors import RnnzooError
+from .state_errors import Measured
 
-if TYPE_CHECKING:
-    from ..budget import Costs
-    from .state_errors import Measured
-
-__all__ = ["Allocation", "allocate"]
+__all__ = ["Allocation", "Costs", "allocate"]
 
 UNITS, UNITS_PER_HEAD = 20_000, 64  # most cells of the budget: rounding up costs a head half of one, on average
 KEPT = -1  # instead of a width: full attention
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes of each thing.
+
+    Attributes:
+        layer: of a converted layer before any window: sinks, the count, and a linear state that is not to be chosen.
+        token: of a window, per kv head. feature: of a linear state, per kv head and unit of width.
+        attention: of a kept layer's keys and values at some context; None: not a candidate.
+    """
+
+    layer: int
+    token: int
+    feature: int
+    attention: int | None = None
 
 
 @dataclass

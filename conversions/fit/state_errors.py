@@ -1,7 +1,7 @@
 """What each choice of state costs in error: windows of many lengths, with linear states of several widths beside them.
 
-For a kv head with a window of w tokens, the sinks and a linear state of F features (0: none), fitted in closed form as
-`features.py` does: E ||W_o (o_wF - o)||^2, the error left in the residual stream against full attention, times the mean
+For a kv head with a window of w tokens, the sinks and a linear state of F features (0: none), which the mixer fits in
+closed form: E ||W_o (o_wF - o)||^2, the error left in the residual stream against full attention, times the mean
 squared gradient of the teacher's loss at that layer's output, so that layers are comparable.
 
 A pair (w, F > 0) is measured at the windows LINEAR_WINDOWS; between them, the factor by which the linear state changes
@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .features import fit_head
+from ...zoo.core.mixer import Mixer
 from .observe import Observed, observe, sample_rows
 
 if TYPE_CHECKING:
@@ -63,12 +64,14 @@ def measure_states(
     sinks: int,
     seed: int,
     widths: Sequence[int] = (),
+    mixer: type[Mixer] = Mixer,
     progress: Progress | None = None,
 ) -> Measured:
     """The error of every window, and of every window beside a linear state of each of `widths` (zeros are ignored).
 
     Args:
         twin: the teacher, every layer attention. data: sequences of calibration text. sinks: first tokens kept exact.
+        mixer: whose linear state it is.
     """
     windows = tuple(w for w in WINDOWS if w < data.seq_len)
     wide = tuple(sorted({width for width in widths if width > 0}))
@@ -79,7 +82,7 @@ def measure_states(
         layers = observe(twin, data[number]["input_ids"], True, seed + number)
         alone.append(torch.stack([_window_errors(layer, windows, sinks, seed + number) for layer in layers]))
         if wide and number == 0:
-            fitted = _fit(twin, layers, wide, windows, sinks, seed)
+            fitted = _fit(mixer, twin, layers, wide, windows, sinks, seed)
         if wide and (number or len(data) == 1):
             factors.append(
                 torch.stack([_linear_errors(*both, sinks, seed + number) for both in zip(layers, fitted, strict=True)])
@@ -98,11 +101,8 @@ def measure_states(
 
 def _interpolated(values: Tensor, at: Sequence[int], wanted: Sequence[int]) -> Tensor:
     """values (..., len(at)) -> (..., len(wanted)), linear in the logarithm, constant beyond the ends."""
-    x, points = (torch.tensor(list(w), dtype=torch.float32).log() for w in (wanted, at))
-    right = torch.searchsorted(points, x).clamp(1, max(len(at) - 1, 1)) if len(at) > 1 else torch.zeros(len(x)).long()
-    left = (right - 1).clamp(min=0)
-    share = ((x - points[left]) / (points[right] - points[left]).clamp(min=1e-9)).clamp(0, 1)
-    return values[..., left] * (1 - share) + values[..., right] * share
+    shares = np.stack([np.interp(np.log(wanted), np.log(at), unit) for unit in np.eye(len(at))])
+    return values @ torch.from_numpy(shares).to(values)
 
 
 def attention_scores(layer: Observed, rows: Tensor, head: int) -> tuple[Tensor, Tensor]:
@@ -175,48 +175,28 @@ def divided(sums: Tensor) -> Tensor:
     return sums[..., :-1] / sums[..., -1:]
 
 
-@torch.no_grad()
 def _fit(
+    mixer: type[Mixer],
     twin: RecurrentForCausalLM,
     layers: list[Observed],
     widths: Sequence[int],
     windows: Sequence[int],
     sinks: int,
     seed: int,
-) -> list[list[Any]]:
+) -> list[list[Mixer]]:
     """Mixers [layer][width and window], their features fitted to one sequence."""
-    from ...zoo.hedgehog.configuration_hedgehog import HedgehogConfig
-    from ...zoo.hedgehog.modeling_hedgehog import HedgehogMixer
-
-    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    sizes = {name: getattr(twin.config, name) for name in names}
-    rotation = twin.model.rotary.get(torch.arange(len(layers[0].q)))
-    at = [w for w in LINEAR_WINDOWS if w <= windows[-1]]
-    fitted = []
-    for layer in layers:
-        fitted.append([])
-        for width in widths:
-            for window in at:
-                config = HedgehogConfig(
-                    **sizes,
-                    num_hidden_layers=1,
-                    window_size=window,
-                    num_sinks=sinks,
-                    feature_map="prototype",
-                    feature_width=width,
-                )
-                with torch.device("meta"):  # but for the feature maps, nothing of it is used
-                    mixer = HedgehogMixer(config, 0)
-                for name, parameter in list(mixer.named_parameters(recurse=False)):
-                    setattr(mixer, name, torch.nn.Parameter(torch.zeros_like(parameter, device="cpu")))
-                for head in range(layer.k.shape[1]):
-                    fit_head(mixer, layer, head, rotation, seed)
-                fitted[-1].append(mixer)
+    time = len(layers[0].q)
+    ctx, rows = twin.model.make_context(1, time, layers[0].q.device), sample_rows(time, seed)
+    sizes = [(window, sinks, width) for width in widths for window in LINEAR_WINDOWS if window <= windows[-1]]
+    fitted = [[mixer.sized(twin.config, *size) for size in sizes] for _ in layers]
+    for layer, own in zip(layers, fitted, strict=True):
+        for each in own:
+            each.fit_features(layer.q, layer.k, ctx, rows, seed)
     return fitted
 
 
 @torch.no_grad()
-def _linear_errors(layer: Observed, mixers: list[Any], sinks: int, seed: int) -> Tensor:
+def _linear_errors(layer: Observed, mixers: list[Mixer], sinks: int, seed: int) -> Tensor:
     """(Hk, widths, windows, 2) of one layer and sequence: errors with the fitted linear state, and without it."""
     time, kv_heads, _ = layer.k.shape
     widths = list(dict.fromkeys(mixer.features for mixer in mixers))
@@ -242,19 +222,12 @@ def _linear_errors(layer: Observed, mixers: list[Any], sinks: int, seed: int) ->
 
 
 def linear_sums(
-    mixer: Any, layer: Observed, rows: Tensor, head: int, delay: Tensor, largest: Tensor, values: Tensor
+    mixer: Mixer, layer: Observed, rows: Tensor, head: int, delay: Tensor, largest: Tensor, values: Tensor
 ) -> Tensor:
     """(groups, n, d + 1): what the linear state adds to numerator and denominator, both times exp(-largest).
 
     Args:
         delay: (n, T) tokens since a key has left the window, -inf for keys that have not. largest: (groups, n, 1).
     """
-    groups = len(largest)
-    queries = slice(head * groups, (head + 1) * groups)
-    q = torch.zeros(1, len(rows), *layer.q.shape[1:])
-    q[0] = layer.q[rows]
-    features_q = mixer._query_features(q)[0][:, queries].float()
-    features_k = mixer._key_features_of(head, layer.k[:, head]).float()
-    decay = torch.where(delay == -torch.inf, 0.0, (mixer.log_decay[head].clamp(max=0) * delay).exp())
-    weights = torch.einsum("nhf,tf->hnt", features_q, features_k) * decay
+    weights = mixer.linear_weights(head, layer.q[rows], layer.k[:, head], delay)
     return (weights @ values) * (-largest).clamp(max=LARGEST).exp()

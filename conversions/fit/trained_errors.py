@@ -9,11 +9,12 @@ T tokens, Hk kv heads, d head_dim, n rows (query positions sampled).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ...zoo.core.mixer import Context, Mixer
 from .observe import Observed, observe
 from .state_errors import (
     WINDOWS,
@@ -29,7 +30,6 @@ from .state_errors import (
 
 if TYPE_CHECKING:
     from ...zoo.core.heads import RecurrentForCausalLM
-    from ...zoo.core.mixer import Context
     from ..data import PackedTokens
 
 __all__ = ["measure_trained"]
@@ -45,27 +45,25 @@ def measure_trained(
     """The error of every window, those that the student has among them; 0 in layers that are attention.
 
     Args:
-        student: with Hedgehog layers of prototype features.
+        student: of a mixer whose `linear_weights` are known.
     """
-    from ...zoo.hedgehog.modeling_hedgehog import HedgehogMixer
-
-    mixers: list[Any] = [block.mixer for block in student.model.layers]
-    own = {length for mixer in mixers if isinstance(mixer, HedgehogMixer) for length in mixer.lengths}
+    mixers = [block.mixer if block.mixer.divides_budget else None for block in student.model.layers]
+    own = {length for mixer in mixers if mixer is not None for length in mixer.lengths}
     windows = tuple(sorted({w for w in WINDOWS if w < data.seq_len} | own))
     total = torch.zeros(len(mixers), twin.config.num_key_value_heads, 1, len(windows))
     for number in range(len(data)):
         ids = data[number]["input_ids"]
         ctx = student.model.make_context(1, len(ids), ids.device)
         for i, layer in enumerate(observe(twin, ids, True, seed + number)):
-            if isinstance(mixers[i], HedgehogMixer):
-                total[i, :, 0] += _errors(layer, mixers[i], ctx, windows, seed + number) / len(data)
+            if (mixer := mixers[i]) is not None:
+                total[i, :, 0] += _errors(layer, mixer, ctx, windows, seed + number) / len(data)
         if progress:
             progress((number + 1) * data.seq_len, data.num_tokens)
     return Measured(total, windows)
 
 
 @torch.no_grad()
-def _errors(layer: Observed, mixer: Any, ctx: Context, windows: Sequence[int], seed: int) -> Tensor:
+def _errors(layer: Observed, mixer: Mixer, ctx: Context, windows: Sequence[int], seed: int) -> Tensor:
     """(Hk, windows) of one layer and sequence."""
     ours = _as_seen(layer, mixer, ctx)
     time, kv_heads, _ = ours.k.shape
@@ -89,10 +87,11 @@ def _errors(layer: Observed, mixer: Any, ctx: Context, windows: Sequence[int], s
     return result
 
 
-def _as_seen(layer: Observed, mixer: Any, ctx: Context) -> Observed:
+def _as_seen(layer: Observed, mixer: Mixer, ctx: Context) -> Observed:
     """What the student's projections make of the teacher's input."""
-    assert layer.hidden is not None
-    q, k, v = mixer.proj.split(layer.hidden[None].to(mixer.proj.q_proj.weight.dtype))
+    output = mixer.output_projection()
+    assert layer.hidden is not None and output is not None
+    q, k, v = mixer.query_key_value(layer.hidden[None])
     turned = (ctx.rotary.rotate(x, ctx.positions) for x in (q, k))
     heads = [x[0].float() for x in (q, k, v, *turned)]
-    return Observed(*heads, layer.gradient, mixer.proj.o_proj.weight.float(), layer.hidden)
+    return Observed(*heads, layer.gradient, output.weight.float(), layer.hidden)

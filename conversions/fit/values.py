@@ -50,21 +50,21 @@ class Values:
 
     @classmethod
     def of(cls, block: RecurrentBlock, output: nn.Linear, heads: int, stream: Stream) -> Values | None:
-        """None where the mixer is not `heads` heads that are linear in values of a `proj.v_proj`, which a row tells.
+        """None where the mixer is not `heads` heads that are linear in its values, which a row tells.
 
         Args:
             output: the mixer's last linear layer. stream: a row, before the block.
         """
-        projection = getattr(getattr(block.mixer, "proj", None), "v_proj", None)
+        projection, reader = block.mixer.value_projection(), block.mixer.heads_reader()
         width = output.in_features // heads
         if (
-            not isinstance(projection, nn.Linear)
+            projection is None
+            or reader is None
             or projection.out_features % width
             or heads * width % projection.out_features
         ):
             return None
-        norm = getattr(block.mixer, "norm", None)
-        found = cls(block, projection, norm if isinstance(norm, nn.Module) else output, heads, width)
+        found = cls(block, projection, reader, heads, width)
         return found if found.linear_on(stream) else None
 
     @property

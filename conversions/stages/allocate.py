@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...kernels.errors import RnnzooError
+from ...zoo.core.registry import mixer_class
 from ..context import Part, StageContext
-from ..fit.spend import reallocated_config
 from ..fit.trained_errors import measure_trained
 from ..recipes import Recipe
+from ..student import budget_of
 from .base import Cost, Stage
 
 __all__ = ["Allocate"]
@@ -27,14 +28,13 @@ class Allocate(Stage):
 
     def check(self, recipe: Recipe) -> None:
         super().check(recipe)
-        options = recipe.student_options
-        if recipe.student != "hedgehog" or options.get("feature_map") != "prototype" or recipe.state_budget is None:
-            raise RnnzooError(
-                "an allocate stage is for hedgehog layers with `feature_map: prototype` and a state_budget."
-            )
+        if recipe.state_budget is None:
+            raise RnnzooError("an allocate stage divides a budget; give the recipe a state_budget.")
+        if reason := mixer_class(recipe.student).fixed_widths_because(recipe.student_options):
+            raise RnnzooError(f"an allocate stage measures windows beside linear states, but {reason}.")
 
     def for_student(self, student: str) -> Stage | None:
-        return self if student == "hedgehog" else None
+        return self if mixer_class(student).divides_budget else None
 
     def tokens_read(self, recipe: Recipe, chat_data: list[str] | None = None) -> int | None:
         return recipe.calibration_tokens
@@ -58,7 +58,8 @@ class Allocate(Stage):
         data = context.calibration()
         report = lambda done, total: context.progress(part.name, done, total, {})  # noqa: E731
         measured = measure_trained(context.twin, student.eval(), data, context.seed, report)
-        config, record = reallocated_config(context.teacher, context.recipe, student.config, measured, context.dtype)
+        budget = budget_of(context.teacher, context.recipe, context.dtype)
+        config, record = budget.divide_again(student.config, measured)
         moved = context.rebuilt(config, student)
         return moved, {
             "tokens": data.num_tokens,

@@ -13,16 +13,15 @@ import torch
 from ...kernels.errors import RnnzooError
 from ...zoo.core.configuration import RecurrentConfig
 from ...zoo.core.registry import ATTENTION_TYPES, mixer_class
-from ..budget import check_budget
 from ..context import Part, StageContext
 from ..data import PackedTokens
 from ..evaluation.scoring import token_log_probs
-from ..fit.closed_form import ClosedForm, fit_layers, has_decay
+from ..fit.closed_form import ClosedForm, fit_layers
 from ..fit.features import fit_features
 from ..fit.observe import token_weights
-from ..fit.spend import feature_widths, spend_budget
 from ..precision import mixed_precision
 from ..recipes import Recipe
+from ..student import budget_of
 from ..teachers import TeacherRef
 from .base import Cost, Stage
 
@@ -42,9 +41,10 @@ class Calibrate(Stage):
         budget_context: tokens at which the budget pays for a layer of full attention, which then is a candidate too; 0:
             layers are kept only where `keep` says so, outside of the budget.
         parts: of PARTS, which run in that order; none: those that the student has (`chosen`). Windows and features are
-            for hedgehog layers, which need nothing else (on SmolLM2-135M, 8,000 tokens, a refit of the output raises
-            their perplexity from 39 to 54); the others are for all, see `fit/closed_form.py`. "values" has to be
-            asked for, and passes over layers that are not linear in their values.
+            for mixers with windows among which a budget can be divided, which need nothing else (on SmolLM2-135M, 8,000
+            tokens, a refit of the output raises their perplexity from 39 to 54); the others are for all, see
+            `fit/closed_form.py`. "values" has to be asked for, and passes over layers that are not linear in their
+            values.
         ridge: how strongly the output is drawn to the weight that it replaces; 0: chosen for each layer by its error on
             text that it was not fitted to.
         correct: share of what the layers before left that a layer mends, from 0 to 1.
@@ -65,8 +65,7 @@ class Calibrate(Stage):
 
     def chosen(self, recipe: Recipe) -> list[str]:
         """The parts of a recipe's stage, in their order."""
-        windowed = recipe.student == "hedgehog"
-        usual = WINDOW_PARTS if windowed else ("decay", "scale", "output")
+        usual = WINDOW_PARTS if mixer_class(recipe.student).divides_budget else ("decay", "scale", "output")
         chosen = [part for part in PARTS if part in (self.parts or usual)]
         return chosen if recipe.state_budget is not None or self.parts else [p for p in chosen if p != "windows"]
 
@@ -75,14 +74,17 @@ class Calibrate(Stage):
         if (wrong := [width for width in self.feature_widths if width < 0]) or self.budget_context < 0:
             value = wrong[0] if wrong else self.budget_context
             raise RnnzooError(f"feature_widths and budget_context cannot be negative; one is {value}.")
-        if self.feature_widths and recipe.student_options.get("feature_map") != "prototype":
-            raise RnnzooError("feature_widths are fitted for `feature_map: prototype`; student_options must have it.")
+        mixer = mixer_class(recipe.student)
+        if self.feature_widths and (reason := mixer.fixed_widths_because(recipe.student_options)):
+            raise RnnzooError(f"feature_widths cannot be chosen: {reason}.")
         if (self.feature_widths or self.budget_context) and recipe.state_budget is None:
             raise RnnzooError("feature_widths and budget_context divide a budget; give the recipe a state_budget.")
         if unknown := [part for part in self.parts if part not in PARTS]:
             raise RnnzooError(f"parts has {unknown[0]!r}; expected some of {', '.join(PARTS)}.")
-        if wrong := [part for part in self.parts if part in WINDOW_PARTS and recipe.student != "hedgehog"]:
-            raise RnnzooError(f"the part {wrong[0]} is for hedgehog layers; the student is {recipe.student}.")
+        if wrong := [part for part in self.parts if part in WINDOW_PARTS and not mixer.divides_budget]:
+            raise RnnzooError(
+                f"the part {wrong[0]} is for layers with windows of chosen lengths; '{recipe.student}' has none."
+            )
         if "windows" in self.parts and recipe.state_budget is None:
             raise RnnzooError("the part windows divides a budget; give the recipe a state_budget.")
         if self.ridge < 0:
@@ -92,7 +94,7 @@ class Calibrate(Stage):
 
     def for_student(self, student: str) -> Stage | None:
         """Less what divides a budget, where the student has no windows."""
-        if student == "hedgehog":
+        if mixer_class(student).divides_budget:
             return self
         parts = [part for part in self.parts if part not in WINDOW_PARTS]
         if self.parts and not parts:
@@ -101,10 +103,10 @@ class Calibrate(Stage):
 
     def check_student(self, recipe: Recipe, teacher: TeacherRef, config: RecurrentConfig, dtype: torch.dtype) -> None:
         # By default a decay is passed over where there is none to set.
-        if "decay" in self.parts and not has_decay(mixer_class(recipe.student)):
+        if "decay" in self.parts and not mixer_class(recipe.student).has_decay():
             raise RnnzooError(f"{recipe.student} layers have no decay to set; leave the part decay out.")
         if self.divides_budget(recipe):
-            check_budget(teacher, recipe, config.layer_types, dtype, chooses_widths=bool(self.feature_widths))
+            budget_of(teacher, recipe, dtype, self.feature_widths).check(config.layer_types)
 
     def whole_model_because(self, recipe: Recipe) -> str | None:
         if self.divides_budget(recipe):
@@ -158,15 +160,15 @@ class Calibrate(Stage):
         types, fixed = student.config.layer_types, {}
         old = [i for i, kind in enumerate(types) if kind not in ATTENTION_TYPES and i not in part.fresh]
         if self.feature_widths:
-            fixed = {i: feature_widths(student.config)[i] for i in old}
+            widths = mixer_class(context.recipe.student).state_widths(student.config)
+            fixed = {i: widths[i] for i in old}
         report = lambda done, total: context.progress(part.name, done, total, {})  # noqa: E731
         config, record = self._spend(context, types, report, fixed, old)
         return context.rebuilt(config, student), record
 
     def _spend(self, context: StageContext, types: list[str], report: Any, *others: Any) -> Any:
-        data = context.calibration()
-        known = (context.teacher, context.twin, context.recipe, self, types, data, context.dtype, context.seed)
-        return spend_budget(*known, *others, progress=report)
+        budget = budget_of(context.teacher, context.recipe, context.dtype, self.feature_widths, self.budget_context)
+        return budget.spend(context.twin, types, context.calibration(), context.seed, *others, progress=report)
 
 
 def fit_if_better(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,18 +62,5 @@ def reduced_windows(student: nn.Module, share: float) -> Iterator[None]:
         for mixer in student.modules() if share < 1 else ():
             if not isinstance(mixer, Mixer) or not drops_windows(mixer):
                 continue
-            if share == 0:
-                stack.enter_context(mixer.only(LINEAR))
-            elif hasattr(mixer, "lengths"):
-                stack.enter_context(_shortened(mixer, share))
+            stack.enter_context(mixer.shortened(share) if share else mixer.only(LINEAR))
         yield
-
-
-@contextlib.contextmanager
-def _shortened(mixer: Any, share: float) -> Iterator[None]:
-    before = mixer.lengths
-    mixer.lengths = tuple(max(1, int(length * share)) for length in before)
-    try:
-        yield
-    finally:
-        mixer.lengths = before

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rnnzoo.conversions.budget import check_budget, state_costs
 from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.stages.calibrate import Calibrate
-from rnnzoo.conversions.student import layer_types, student_config
+from rnnzoo.conversions.student import budget_of, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.sizes import state_bytes
@@ -27,7 +26,7 @@ def teacher(tmp_path_factory):
 def test_costs_add_up_to_the_bytes_of_the_state(teacher, options, keep, chooses):
     recipe = Recipe("test", "hedgehog", [], student_options={"num_sinks": 2} | options)
     types = layer_types(teacher, recipe, keep)
-    costs = state_costs(teacher, recipe, types, torch.bfloat16, chooses)
+    costs = budget_of(teacher, recipe, torch.bfloat16, [4] if chooses else []).costs(types)
     sizes, widths = [[3, 5], [8, 1]], [6, 2]
     own = {"feature_widths": widths} if chooses else {}
     config = student_config(teacher, recipe, types, window_sizes=sizes, **own)
@@ -49,9 +48,9 @@ def test_the_least_budget_is_named_and_suffices(teacher, widths):
     own = {"feature_widths": [0, 0]} if widths else {}
     least = state_bytes(student_config(teacher, recipe, types, window_size=1, **own), torch.bfloat16)
     with pytest.raises(RnnzooError, match=f"100 bytes is too small: with windows of one token, .* takes {least:,} for"):
-        check_budget(teacher, recipe, types, torch.bfloat16, chooses_widths=bool(widths))
+        budget_of(teacher, recipe, torch.bfloat16, widths).check(types)
     recipe.state_budget = least
-    check_budget(teacher, recipe, types, torch.bfloat16, chooses_widths=bool(widths))
+    budget_of(teacher, recipe, torch.bfloat16, widths).check(types)
     recipe.state_budget = least - 1
     with pytest.raises(RnnzooError, match="too small"):
-        check_budget(teacher, recipe, types, torch.bfloat16, chooses_widths=bool(widths))
+        budget_of(teacher, recipe, torch.bfloat16, widths).check(types)

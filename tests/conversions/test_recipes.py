@@ -109,7 +109,7 @@ def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
         (GOOD | {"batch_tokens": 0}, "must be positive"),
         (
             GOOD | {"stages": [CALIBRATE | {"parts": ["windows"]}]},
-            "the part windows is for hedgehog layers; the student is supra",
+            "the part windows is for layers with windows of chosen lengths; 'supra' has none",
         ),
         (GOOD | {"stages": [CALIBRATE | {"parts": ["keys"]}]}, "parts has 'keys'; expected some of windows"),
         (GOOD | {"stages": [CALIBRATE | {"ridge": -1}]}, "ridge is -1; it cannot be negative"),

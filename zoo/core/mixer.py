@@ -162,6 +162,11 @@ class Mixer(SelfInitialised):
         branches: the parts whose sum the output is, where there are several, such as ("window", "linear").
         decay_parameters: names, or how they begin, of parameters that decide how fast the state forgets and nothing
             else of weight.
+        divides_budget: whether a state budget can be divided among its layers and heads. Then its configuration has
+            `window_sizes`, for every layer those of its kv heads ([] in layers of other types), `num_sinks` and, if the
+            width of a linear state can be chosen too (`fixed_widths_because`), `feature_widths`, one for every layer.
+        lengths: tokens in the exact window of every kv head, the current one included; () without such a window.
+        sinks: first tokens of a document that stay exact. features: width of the linear state of a kv head.
     """
 
     layer_type: str = ""
@@ -171,6 +176,10 @@ class Mixer(SelfInitialised):
     complexity: str = "T / 1"
     branches: tuple[str, ...] = ()
     decay_parameters: tuple[str, ...] = ()
+    divides_budget: bool = False
+    lengths: tuple[int, ...] = ()
+    sinks: int = 0
+    features: int = 0
 
     def __init__(self, config: RecurrentConfig, layer_idx: int):
         super().__init__()
@@ -189,6 +198,8 @@ class Mixer(SelfInitialised):
     def shared(config: RecurrentConfig) -> nn.Module | None:
         """A module that all layers of this type share; the model makes it once and gives it as `ctx.shared`."""
         return None
+
+    # What conversion asks of a mixer. A default says that there is no such thing, or does nothing. -------------------
 
     @contextlib.contextmanager
     def only(self, branch: str) -> Iterator[None]:
@@ -225,7 +236,7 @@ class Mixer(SelfInitialised):
         new. Class and configuration decide it, so it holds for a layer that comes from a file as well.
         """
         heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        hidden, nan = config.hidden_size, torch.full((), torch.nan)
+        hidden, nan = config.hidden_size, torch.full((), torch.nan, device="cpu")
         rows = {"q": heads * width, "k": kv_heads * width, "v": kv_heads * width}
         teacher: dict[str, Any] = {name: nan.expand(size, hidden) for name, size in rows.items()}
         teacher["o"] = nan.expand(hidden, heads * width)
@@ -238,7 +249,7 @@ class Mixer(SelfInitialised):
         with torch.device("meta"):
             mixer = cls(config, layer_idx).to(torch.bfloat16)
         mixer.to_empty(device="cpu")
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("cpu"):  # whatever the caller makes tensors on
             for tensor in [*mixer.parameters(), *mixer.buffers()]:
                 tensor.zero_()
             try:
@@ -274,6 +285,73 @@ class Mixer(SelfInitialised):
             RnnzooError: this mixer's output is no such sum.
         """
         raise RnnzooError(f"A '{self.layer_type}' layer has no mixing matrix.")
+
+    def output_projection(self) -> nn.Linear | None:
+        """The linear layer that writes the output into the residual stream."""
+        return getattr(getattr(self, "proj", None), "o_proj", None)
+
+    def value_projection(self) -> nn.Linear | None:
+        """The linear layer that makes the values which the heads sum over time."""
+        return getattr(getattr(self, "proj", None), "v_proj", None)
+
+    def heads_reader(self) -> nn.Module | None:
+        """The module that is given what the heads have read: their norm or, without one, the output projection."""
+        norm = getattr(self, "norm", None)
+        return norm if isinstance(norm, nn.Module) else self.output_projection()
+
+    def query_key_value(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a window reads, of hidden (B, T, D): q (B, T, H, d) and k, v (B, T, Hk, d), not rotated."""
+        proj: Any = self.get_submodule("proj")
+        return proj.split(hidden.to(proj.q_proj.weight.dtype))
+
+    @contextlib.contextmanager
+    def shortened(self, share: float) -> Iterator[None]:
+        """Within the block, windows are `share` of their `lengths`, at least one token, and states are of that size."""
+        before, self.lengths = self.lengths, tuple(max(1, int(length * share)) for length in self.lengths)
+        try:
+            yield
+        finally:
+            self.lengths = before
+
+    @classmethod
+    def state_widths(cls, config: RecurrentConfig) -> list[int]:
+        """`features` of every layer."""
+        return [0] * config.num_hidden_layers
+
+    @classmethod
+    def fixed_widths_because(cls, options: Mapping[str, Any]) -> str | None:
+        """Why a budget cannot choose `state_widths`, as a clause; None: it can, by `sized` and `linear_weights`.
+
+        Args:
+            options: fields of the configuration that are not to have their defaults.
+        """
+        return f"'{cls.layer_type}' layers have no linear state whose width can be chosen"
+
+    @classmethod
+    def sized(cls, config: RecurrentConfig, window: int, sinks: int, features: int) -> Mixer:
+        """A mixer for `fit_features` and `linear_weights` alone; what they do not need is on the meta device.
+
+        Args:
+            config: of any model with the teacher's heads. window: of every kv head.
+        """
+        raise RnnzooError(f"A '{cls.layer_type}' layer has no linear state whose width can be chosen.")
+
+    def fit_features(self, q: Tensor, k: Tensor, ctx: Context, rows: Tensor, seed: int) -> None:
+        """Starts what sums beside the window in closed form, from what a teacher's attention does.
+
+        Args:
+            q: (T, H, d), k: (T, Hk, d), of the teacher, not rotated.
+            ctx: of these tokens, one row. rows: (n,) int64, positions of the queries that are looked at.
+        """
+
+    def linear_weights(self, head: int, q: Tensor, k: Tensor, delay: Tensor) -> Tensor:
+        """Weights (H / Hk, n, T) of the keys in the linear state of a kv head, in the units of exp(q k / sqrt(d)).
+
+        Args:
+            q: (n, H, d), of all heads, and k: (T, d), of this one, not rotated.
+            delay: (n, T), tokens since a key has left the window, -inf for keys that have not, whose weight is 0.
+        """
+        raise RnnzooError(f"A '{self.layer_type}' layer has no linear state whose weights are known.")
 
 
 def shared_decay(log_decay: Tensor, heads: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-__all__ = ["Rotary", "RotaryFrequencies"]
+__all__ = ["Rotary", "RotaryFrequencies", "turn"]
 
 # For these types the frequencies depend on the longest position of the call, as in transformers.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -68,7 +68,7 @@ class Rotary:
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotates x (B, T, H, D) by positions (B, T) or (1, T); channels beyond rotary_dim pass unchanged."""
         cos, sin = self.cos_sin(positions, x.dtype)
-        return _turn(x, cos, sin)
+        return turn(x, cos.unsqueeze(-2), sin.unsqueeze(-2))
 
     def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """The inverse of `rotate`."""
@@ -76,11 +76,11 @@ class Rotary:
         cos, sin = self.cos_sin(positions, x.dtype)
         if factor != 1.0:  # it is in both directions
             cos, sin = cos / factor**2, sin / factor**2
-        return _turn(x, cos, -sin)
+        return turn(x, cos.unsqueeze(-2), -sin.unsqueeze(-2))
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (..., D) turned by angles whose cos and sin (..., rotary_dim) name each pair twice, in its two halves."""
     width = cos.shape[-1]
     turned = x[..., :width]
     first, second = turned.chunk(2, -1)

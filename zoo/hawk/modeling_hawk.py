@@ -134,6 +134,9 @@ class HawkMixer(Mixer):
         self.conv_1d.weight[..., -1] = 1.0
         self.conv_1d.bias.zero_()
 
+    def output_projection(self) -> nn.Linear:
+        return self.linear_out
+
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> RGLRUState:
         conv = torch.zeros(batch, self.inner, self.config.rglru_conv_kernel - 1, device=device, dtype=dtype)
         wide = torch.promote_types(dtype, torch.float32)

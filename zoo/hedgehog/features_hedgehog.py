@@ -1,15 +1,23 @@
-"""The two feature maps of a Hedgehog layer, whose equations are at the head of `modeling_hedgehog.py`."""
+"""The two feature maps of a Hedgehog layer, whose equations are at the head of `modeling_hedgehog.py`.
+
+What a conversion asks of them is here too: a start in closed form (`fitting_hedgehog.py`), and what a linear state of
+some width would sum beside a window of some length.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..core.mixer import Mixer
+from ..core.configuration import RecurrentConfig
+from ..core.mixer import Context, Mixer
 from .configuration_hedgehog import HedgehogConfig
+from .fitting_hedgehog import fit_head
 
 __all__ = ["FeatureMaps"]
 
@@ -53,6 +61,46 @@ class FeatureMaps(Mixer):
             init.copy_(self.key_map, identity.expand_as(self.key_map))
             init.constant_(self.log_factor, math.log(self.config.window_factor))
         init.constant_(self.log_decay, self.config.initial_log_decay)
+
+    @classmethod
+    def state_widths(cls, config: RecurrentConfig) -> list[int]:
+        return config.feature_widths or [config.feature_width] * config.num_hidden_layers
+
+    @classmethod
+    def fixed_widths_because(cls, options: Mapping[str, Any]) -> str | None:
+        kind = options.get("feature_map", HedgehogConfig.feature_map)
+        return None if kind == "prototype" else f"feature_map is {kind!r}; student_options must say `prototype`"
+
+    @classmethod
+    def sized(cls, config: RecurrentConfig, window: int, sinks: int, features: int) -> FeatureMaps:
+        names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+        fields = {"window_size": window, "num_sinks": sinks, "feature_map": "prototype", "feature_width": features}
+        config = HedgehogConfig(num_hidden_layers=1, **{name: getattr(config, name) for name in names}, **fields)
+        with torch.device("meta"):
+            mixer = cls(config, 0)
+        for name, parameter in list(mixer.named_parameters(recurse=False)):
+            setattr(mixer, name, nn.Parameter(torch.zeros_like(parameter, device="cpu")))
+        return mixer
+
+    @torch.no_grad()
+    def fit_features(self, q: Tensor, k: Tensor, ctx: Context, rows: Tensor, seed: int) -> None:
+        if not self.prototypes or not self.features:
+            return
+        turned_q, turned_k = (ctx.rotary.rotate(x[None], ctx.positions)[0] for x in (q, k))
+        rotation = ctx.rotary.frequencies.get(ctx.positions)
+        groups = q.shape[1] // k.shape[1]
+        for head in range(k.shape[1]):
+            queries = slice(head * groups, (head + 1) * groups)
+            far = rows[rows >= self.lengths[head] + self.sinks]
+            if len(far):
+                fit_head(self, head, queries, (q, k, turned_q, turned_k), far, rotation, seed)
+
+    def linear_weights(self, head: int, q: Tensor, k: Tensor, delay: Tensor) -> Tensor:
+        groups = q.shape[1] // len(self.lengths)
+        features_q = self._query_features(q[None])[0][:, head * groups : (head + 1) * groups].float()
+        features_k = self._key_features_of(head, k).float()
+        decay = torch.where(delay == -torch.inf, 0.0, (self.log_decay[head].clamp(max=0) * delay).exp())
+        return torch.einsum("nhf,tf->hnt", features_q, features_k) * decay
 
     def _query_features(self, q: Tensor) -> Tensor:
         """(B, T, H, d) -> (B, T, H, F)."""

@@ -53,6 +53,7 @@ class HedgehogMixer(FeatureMaps):
     paper = "Zhang et al. 2024, arXiv 2402.04347"
     branches = ("window", "linear")
     decay_parameters = ("log_decay",)
+    divides_budget = True
 
     def __init__(self, config: HedgehogConfig, layer_idx: int):
         super().__init__(config, layer_idx)

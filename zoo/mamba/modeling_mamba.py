@@ -134,6 +134,9 @@ class MambaMixer(Mixer):
         for norm, name in ((self.b_norm, "k_norm"), (self.c_norm, "q_norm")):
             copy_weight(None if norm is None else norm.weight, getattr(weights, name), name, 1.0)
 
+    def output_projection(self) -> nn.Linear:
+        return self.out_proj
+
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MambaState:
         conv = torch.zeros(batch, self.x_width, self.config.ssm_conv_kernel - 1, device=device, dtype=dtype)
         wide = torch.promote_types(dtype, torch.float32)

@@ -129,6 +129,9 @@ class Mamba2Mixer(Mixer):
         """By A; dt, which is also the weight of the input, stays."""
         self.A_log.copy_((-shared_decay(log_decay, self.heads) / F.softplus(self.dt_bias)).log())
 
+    def output_projection(self) -> nn.Linear:
+        return self.out_proj
+
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Mamba2State:
         conv = torch.zeros(batch, sum(self.conv_widths), self.config.ssm_conv_kernel - 1, device=device, dtype=dtype)
         shape = (batch, self.heads, self.state_size, self.head_dim)

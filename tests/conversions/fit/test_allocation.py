@@ -7,11 +7,10 @@ import itertools
 import pytest
 import torch
 
-from rnnzoo.conversions.budget import Costs, state_costs
-from rnnzoo.conversions.fit.allocation import allocate
+from rnnzoo.conversions.fit.allocation import Costs, allocate
 from rnnzoo.conversions.fit.state_errors import Measured
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.student import layer_types, student_config
+from rnnzoo.conversions.student import budget_of, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.cache import RecurrentCache
@@ -144,7 +143,7 @@ def test_the_bytes_of_a_plan_are_those_of_the_cache(family, bits, tmp_path):
     recipe = Recipe("test", "hedgehog", [], student_options=options)
     types = layer_types(teacher, recipe, [1])
     kv_heads = teacher.family.student_config(teacher.config)["num_key_value_heads"]
-    costs = state_costs(teacher, recipe, types, torch.float32, True, context=100)
+    costs = budget_of(teacher, recipe, torch.float32, [4], context=100).costs(types)
     assert costs.attention == 100 * 2 * kv_heads * 8 * 4
     found = allocate(random_errors(3, 3, kv_heads), [0, 2], 8000, costs)
     own = {"window_sizes": found.window_sizes, "feature_widths": found.feature_widths}

@@ -13,6 +13,7 @@ from rnnzoo.conversions.fit.state_errors import measure_states
 from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
+from rnnzoo.zoo.core.registry import mixer_class
 
 from ..tiny import tiny_teacher
 
@@ -66,7 +67,7 @@ def test_errors_beside_a_linear_state_are_those_of_the_layer_itself(teacher, row
     monkeypatch.setattr(state_errors, "LINEAR_WINDOWS", state_errors.WINDOWS)
     ref, model = teacher
     twin, data = attention_twin(*teacher, torch.float32), some_rows(rows, 32)
-    measured = measure_states(twin, data, 2, 5, [3, 0, 6])
+    measured = measure_states(twin, data, 2, 5, [3, 0, 6], mixer_class("hedgehog"))
     assert measured.widths == (0, 3, 6) and measured.windows == (1, 2, 4, 8, 16)
     row = data[rows - 1]["input_ids"]
     observed = observe(twin, row, True, 5 + rows - 1)

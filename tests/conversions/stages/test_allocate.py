@@ -11,13 +11,12 @@ import yaml
 from rnnzoo.conversions.convert import convert
 from rnnzoo.conversions.data import PackedTokens, TextHashes
 from rnnzoo.conversions.fit.observe import observe
-from rnnzoo.conversions.fit.spend import reallocated_config
 from rnnzoo.conversions.fit.state_errors import measure_states
 from rnnzoo.conversions.fit.trained_errors import measure_trained
 from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.recipes.load import load_recipe
 from rnnzoo.conversions.run_folder import Run
-from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
+from rnnzoo.conversions.student import attention_twin, budget_of, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.sizes import causal_lm_class, state_bytes
@@ -94,11 +93,11 @@ def test_the_same_bytes_leave_no_more_error_than_before(teacher):
     twin, data = attention_twin(*teacher, torch.float32), some_rows()
     recipe, student = student_of(teacher, feature_widths=[4, 0, 2], window_sizes=[[16, 1], [], [1, 2]])
     measured = measure_trained(twin, student, data, 3)
-    config, record = reallocated_config(teacher[0], recipe, student.config, measured, torch.float32)
+    config, record = budget_of(teacher[0], recipe, torch.float32).divide_again(student.config, measured)
     assert record["error"] < record["error_before"] and record["tokens_moved"] > 0
     assert config.feature_widths == [4, 0, 2] and config.layer_types == student.config.layer_types
     assert state_bytes(config, torch.float32) == record["state_bytes"] <= state_bytes(student.config, torch.float32)
-    again, second = reallocated_config(teacher[0], recipe, config, measured, torch.float32)
+    again, second = budget_of(teacher[0], recipe, torch.float32).divide_again(config, measured)
     assert second["tokens_moved"] == 0 and second["error"] == pytest.approx(record["error"])
     assert again.window_sizes == config.window_sizes
 
@@ -145,8 +144,15 @@ def test_a_conversion_moves_windows_and_keeps_what_it_has_trained(teacher, tmp_p
     assert [list(b.mixer.lengths) for b in model.model.layers] == [e["windows"] for e in second["layers"]]
 
 
-@pytest.mark.parametrize("changes", [{"student_options": {}}, {"state_budget": None}, {"student": "gla"}])
-def test_recipes_that_have_nothing_to_move_are_refused(tmp_path, changes):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student_options": {}}, "but feature_map is 'softmax'; student_options must say `prototype`"),
+        ({"state_budget": None}, "an allocate stage divides a budget; give the recipe a state_budget"),
+        ({"student": "gla"}, "but 'gla' layers have no linear state whose width can be chosen"),
+    ],
+)
+def test_recipes_that_have_nothing_to_move_are_refused(tmp_path, changes, message):
     path = recipe_file(tmp_path, stages=[{"name": "again", "kind": "allocate"}], **changes)
-    with pytest.raises(RnnzooError, match="stage again: an allocate stage is for hedgehog layers"):
+    with pytest.raises(RnnzooError, match=f"stage again: .*{message}"):
         load_recipe(path)
