@@ -38,7 +38,7 @@ class Processes:
         self.index, self.count, self.main = state.process_index, state.num_processes, state.is_main_process
 
     def first(self, work: Callable[[], T]) -> T:
-        """`work` in the main process, then in the others; where it fails in the first, these end without a word."""
+        """`work` in the main process, then in the others; if it fails there, the others exit silently."""
         if self.main:
             return self._told(work)
         self._hear()

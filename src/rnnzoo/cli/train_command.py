@@ -1,4 +1,4 @@
-"""`rnnzoo train --arch X --data TEXT --out DIR`: a model from nothing; the same command goes on after a stop."""
+"""`rnnzoo train --arch X --data TEXT --out DIR`: a model from scratch; the same command resumes a stopped run."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .quantities import COUNT
     help="Text, JSON lines, parquet, a folder, or a Hub dataset; repeatable.",
 )  # fmt: skip
 @click.option("--text-field", default="text", show_default=True, help="Field of JSON lines, parquet and datasets.")
-@click.option("--eval-data", multiple=True, metavar="SOURCE", help="Held-out text; default: a share of the documents.")
-@click.option("--eval-fraction", type=float, default=0.02, show_default=True, help="That share.")
-@click.option("--tokenizer", metavar="NAME", help="Folder or Hub id. Default: one token for each byte.")
+@click.option("--eval-data", multiple=True, metavar="SOURCE", help="Held-out text. Default: a share of the documents.")
+@click.option("--eval-fraction", type=float, default=0.02, show_default=True, help="Share of documents held out.")
+@click.option("--tokenizer", metavar="NAME", help="Folder or Hub id. Default: bytes as tokens.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), metavar="DIR", help="Folder of the result.")
 @click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in a sequence.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences in a batch.")
 @click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Batches in a step.")
 @click.option("--tokens", type=COUNT, metavar="N", help="Training tokens in all, such as 10M. Default: the text once.")
-@click.option("--steps", type=COUNT, metavar="N", help="Optimiser steps, instead of --tokens.")
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Highest, after the warm-up.")
+@click.option("--steps", type=COUNT, metavar="N", help="Optimiser steps, in place of --tokens.")
+@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Peak, after the warm-up.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float32"]), default="float32", show_default=True,
-    help="Of training (autocast) and of the saved weights.",
+    help="Data type of training (autocast) and of the saved weights.",
 )  # fmt: skip
 @click.option("--restart", is_flag=True, help="Discard what an earlier run left in DIR.")
 @energy_option
@@ -46,7 +46,7 @@ from .quantities import COUNT
 def command(output: Output, data: tuple[str, ...], eval_data: tuple[str, ...], out: str, **options: Any) -> None:
     """Train an architecture from scratch on text, through transformers' Trainer.
 
-    Stop it at any moment: the same command goes on, and ends at the same weights. On several devices:
+    You can stop it at any time: the same command resumes and ends at the same weights. On several devices:
     `torchrun --nproc-per-node N -m rnnzoo train ...`.
     """
     with output.only_result_on_stdout(), ProgressReport(quiet=output.quiet) as progress:
