@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from .handwritten import without_notes
 from .licences import HUB_LICENCES
@@ -117,27 +118,16 @@ def _emissions(emitted: Any) -> list[str]:
 
 
 def _model_index(index: Any) -> list[str]:
+    """As the Hub's own library reads it."""
     if index is None:
         return []
-    if not isinstance(index, list) or not all(isinstance(entry, dict) for entry in index):
-        return ["model-index must be a list of mappings."]
-    problems = []
-    for entry in index:
-        if not entry.get("name") or not isinstance(entry.get("results"), list) or not entry["results"]:
-            problems.append("Every model-index entry needs a name and results.")
-            continue
-        for result in entry["results"]:
-            if not isinstance(result, dict):
-                problems.append("A result of the model-index must be a mapping.")
-                continue
-            if not (result.get("task") or {}).get("type"):
-                problems.append("A result of the model-index has no task type.")
-            if not {"type", "name"} <= set(result.get("dataset") or {}):
-                problems.append("A result of the model-index has no dataset type and name.")
-            metrics = result.get("metrics") or []
-            if not metrics or not all(m.get("type") and isinstance(m.get("value"), int | float) for m in metrics):
-                problems.append("A result of the model-index has no metric with a type and a number.")
-    return problems
+    try:
+        _, results = model_index_to_eval_results(index)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return [f"The model-index lacks a name, a task, a data set, or has no metric with a type ({error})."]
+    if not results or not all(isinstance(result.metric_value, int | float) for result in results):
+        return ["The model-index has no metric, or one that is no number."]
+    return []
 
 
 def _body(body: str) -> list[str]:

@@ -110,12 +110,7 @@ class StageContext:
         path = self.folder / "evaluation_texts.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
-        texts, size = [], 0
-        for text in self.corpus.documents("evaluation", seed=0):
-            texts.append(text[:EVALUATION_CHARACTERS])
-            size += len(text)
-            if size >= EVALUATION_CHARACTERS:
-                break
+        texts = self.corpus.beginning("evaluation", EVALUATION_CHARACTERS)
         write_json(path, texts)
         return texts
 

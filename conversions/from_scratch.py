@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
+from ..cards import render_card
 from ..kernels.errors import RnnzooError
 from ..zoo.core.sizes import causal_lm_class
+from . import evaluation
 from .data import Corpus, PackedTokens, TextHashes, corpus_from_texts, pack
 from .processes import Processes
 from .results import write_training_results
@@ -76,7 +78,8 @@ class TrainingFromScratch:
         """Makes or reads the held-out text and the rows, so that unusable text stops a run before it began."""
         path = self.run.folder / "evaluation_texts.json"
         if not path.exists():
-            write_json(path, self._held_out_texts())
+            source, split = (self.held_out, None) if self.held_out else (self.corpus, "evaluation")
+            write_json(path, source.beginning(split, HELD_OUT_CHARACTERS))
         self.texts: list[str] = json.loads(path.read_text(encoding="utf-8"))
         folder = self.run.folder / "data"
         folder.mkdir(exist_ok=True)
@@ -86,16 +89,6 @@ class TrainingFromScratch:
         self.eval_rows = all_rows.rows(0, max(1, min(len(all_rows), HELD_OUT_TOKENS // all_rows.seq_len)))
         split = None if self.held_out else "training"
         self.rows = self._packed(folder, "training", self.corpus, split, self._wanted_tokens(), context)
-
-    def _held_out_texts(self) -> list[str]:
-        texts, size = [], 0
-        source = self.held_out or self.corpus
-        for text in source.documents(None if self.held_out else "evaluation", seed=0):
-            texts.append(text[:HELD_OUT_CHARACTERS])
-            size += len(text)
-            if size >= HELD_OUT_CHARACTERS:
-                break
-        return texts
 
     def _half_of_the_held_out(self) -> int:
         """In tokens. A context longer than all held-out text is measured on rows of that length."""
@@ -224,14 +217,11 @@ class TrainingFromScratch:
                 "data": {"training": self.rows.record(), "evaluation": held_out},
             },
         )
-        from ..cards import render_card
-
         if evaluate:
-            from .evaluation import Dataset
-            from .evaluation import evaluate as measure
-
-            texts = [Dataset.of_texts("held-out text", self.texts)]
-            results = measure(self.run.out, datasets=texts, limits="quick", dtype=self.dtype, progress=self.progress)
+            texts = [evaluation.Dataset.of_texts("held-out text", self.texts)]
+            results = evaluation.evaluate(
+                self.run.out, datasets=texts, limits="quick", dtype=self.dtype, progress=self.progress
+            )
         render_card(self.run.out)
         return results
 

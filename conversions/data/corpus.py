@@ -74,6 +74,16 @@ class Corpus:
         else:
             yield from (document for document in itertools.chain(first, stream) if split_of(document, *shares) == split)
 
+    def beginning(self, split: Split | None, characters: int) -> list[str]:
+        """The first documents of a split, each cut to `characters`, until these are that many."""
+        texts, size = [], 0
+        for text in self.documents(split):
+            texts.append(text[:characters])
+            size += len(text)
+            if size >= characters:
+                break
+        return texts
+
 
 def split_of(document: str, evaluation: float = EVALUATION_PERCENT, calibration: float = CALIBRATION_PERCENT) -> Split:
     """The split of a document, by the hash of its text; so many percent are for evaluation and for calibration."""

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...kernels.errors import RnnzooError
+from ...zoo import register_auto_classes
 from ..teachers import TeacherRef, resolve_teacher
 from ..teachers.files import foreign_code
 from ..teachers.tokenizer import first_line
@@ -144,8 +145,6 @@ def open_columns(
 
 def _student(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Column:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ...zoo import register_auto_classes
 
     register_auto_classes()
     if not (folder / "config.json").exists():

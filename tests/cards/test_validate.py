@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from rnnzoo.cards import validate_card
 from rnnzoo.cards.render import render_text
@@ -39,3 +40,11 @@ def test_the_validator_finds_faults(tmp_path, old, new, message):
     assert old in text
     problems = validate_card(text.replace(old, new, 1), tmp_path)
     assert any(message in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("index", [[], {}, "x", [{}], [{"name": "a", "results": []}], [{"name": "a", "results": [5]}]])
+def test_results_that_the_hub_cannot_read_are_found(index):
+    text = render_text(invented())
+    head, body = text.removeprefix("---\n").split("\n---\n", 1)
+    data = yaml.safe_load(head) | {"model-index": index}
+    assert any("model-index" in problem for problem in validate_card(f"---\n{yaml.safe_dump(data)}---\n{body}"))

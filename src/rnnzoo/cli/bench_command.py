@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..kernels.errors import RnnzooError
 from .output import Output, output_options
 from .quantities import COUNT, format_seconds
 
@@ -66,7 +67,6 @@ def kernels(
     from ..benchmarks.sweep import plot, sweep, write_rows
     from ..benchmarks.timing import measure_machine
     from ..conversions.memory import keep_freed_memory
-    from ..kernels.errors import RnnzooError
 
     known = sorted({make().operation for make in CASES})
     if unknown := [name for name in only if name not in known]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..kernels.errors import RnnzooError
 from .kernel_backends import kernel_backends
 from .output import Output, output_options
 from .quantities import format_bytes
@@ -129,7 +130,6 @@ def _show(value: dict[str, Any], console: Console) -> None:
 def _asked() -> tuple[str | None, str | None]:
     """The backend that RNNZOO_BACKEND asks for, and what is wrong with it: calls of kernels will say the same."""
     from ..kernels.dispatch import chosen_backend
-    from ..kernels.errors import RnnzooError
 
     try:
         return chosen_backend(), None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..kernels.errors import RnnzooError
+from ..kernels.files import replace_text
 from .output import Output, output_options
 from .quantities import format_bytes
 
@@ -159,8 +160,6 @@ def _card_with_code(files: list[PublishedFile], made: dict[str, bytes]) -> dict[
 
 def _record_permission(folder: Path, results: dict[str, Any]) -> None:
     import json
-
-    from ..kernels.files import replace_text
 
     results["publish"] = (results.get("publish") or {}) | {"permission": True}
     try:
