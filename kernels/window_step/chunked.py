@@ -46,11 +46,11 @@ def window_step(
     rows = torch.arange(len(state.count), device=state.count.device)[:, None]
     slots = ring_slots(state.count, lengths)
     first = torch.arange(sinks, device=state.count.device) == state.count[:, None]
-    batch, sink = first.nonzero(as_tuple=True)
+    first = first[:, None, :, None]  # (B, 1, sinks, 1), without reading it: that would wait for the device
     for ring, sink_ring, x in ((state.ring_k, state.sink_k, k), (state.ring_v, state.sink_v, v)):
         for stored, sunk, new in zip(_parts(ring), _parts(sink_ring), _new_parts(ring, x), strict=True):
             stored[rows, slots] = new
-            sunk[batch, :, sink] = new[batch]
+            sunk.copy_(torch.where(first, new[:, :, None], sunk))
     assert isinstance(after, WindowState)
     state.s.copy_(after.s)
     state.count.copy_(after.count)

@@ -85,7 +85,8 @@ class RecurrentCache(Cache):
     ) -> Layout:
         """Takes in the columns of a call; see `lay_out`. The states must be updated by the caller, layer by layer."""
         layout = lay_out(self.progress, mask, ids, named, shape, device)
-        if layout.restart is not None and bool(layout.restart.any()):
+        # On another device than a CPU, to ask whether any row restarts would be to wait for it.
+        if layout.restart is not None and (layout.restart.device.type != "cpu" or bool(layout.restart.any())):
             self.states = [None if s is None else s.reset_rows(layout.restart) for s in self.states]
         self.progress = layout.progress
         self.length += shape[1]

@@ -33,6 +33,8 @@ class RecurrentGenerationMixin(GenerationMixin):
         # generate() looks for inputs_embeds in the signature; the cache goes by a name that depends on the version.
         kwargs |= {"next_sequence_length": next_sequence_length, "inputs_embeds": inputs_embeds}
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if next_sequence_length == 1 and not kwargs.get("is_first_iteration"):
+            inputs.pop("attention_mask", None)  # what generate() has added is a token: there is nothing to look up
         cache = inputs.get(CACHE_NAME)
         start = 0 if cache is None else cache.get_seq_length()
         if prefix_mask is not None and start < prefix_mask.shape[1]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
@@ -21,9 +22,10 @@ from .model import RecurrentModel, RecurrentPreTrainedModel, first_given
 __all__ = ["RecurrentForCausalLM", "RecurrentForSequenceClassification", "model_classes"]
 
 
-class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
+class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin, GenerationMixin):
     """The decoder with a language-model head."""
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: RecurrentConfig):
@@ -196,12 +198,15 @@ def model_classes(
     name = config_class.__name__.removesuffix("Config")
     module = config_class.__module__.replace("configuration_", "modeling_")
 
-    def derive(base: type, suffix: str, what: str) -> type:
+    def derive(base: type, suffix: str, what: str, *mixins: type) -> type:
         doc = f"{name}: {what}"
-        return type(name + suffix, (base,), {"config_class": config_class, "__module__": module, "__doc__": doc})
+        return type(
+            name + suffix, (base, *mixins), {"config_class": config_class, "__module__": module, "__doc__": doc}
+        )
 
     return (
         derive(RecurrentModel, "Model", "the decoder without a head."),
-        derive(RecurrentForCausalLM, "ForCausalLM", "the decoder with a language-model head."),
+        # transformers looks for GenerationMixin among the bases of the class itself.
+        derive(RecurrentForCausalLM, "ForCausalLM", "the decoder with a language-model head.", GenerationMixin),
         derive(RecurrentForSequenceClassification, "ForSequenceClassification", "with a classifier on the last token."),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import weakref
 from typing import Protocol
 
@@ -92,9 +93,14 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["RecurrentBlock"]
     _skip_keys_device_placement = ["cache", "past_key_values", "cache_params"]
     _supports_sdpa = True
-    _tp_plan = {"lm_head": "colwise_gather_output"}
     # Read by generate() only to refuse assisted decoding, which our cache can do: it rolls back.
     _is_stateful = False
+
+    def post_init(self) -> None:
+        super().post_init()
+        # The plans of class and configuration are for all models; of one, for the modules that it has.
+        names = {re.sub(r"\d+", "*", name) for name, _ in self.named_modules()}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers passes over modules without parameters of their own, for custom code that initialises what a

@@ -28,7 +28,9 @@ class RotaryFrequencies:
         rope_type = parameters.get("rope_type", "default")
         device = positions.device
         if rope_type in LENGTH_DEPENDENT:
-            length = int(positions.max()) + 1 if positions.numel() else 1
+            length = positions.max() + 1 if positions.numel() else 1
+            if rope_type == "longrope" or device.type == "cpu":
+                length = int(length)  # longrope chooses by it; elsewhere to read it would be to wait for the device
             return ROPE_INIT_FUNCTIONS[rope_type](self.config, device, seq_len=length)
         if device not in self._cached:
             if rope_type == "default":
