@@ -1,10 +1,11 @@
-"""`plan` loads no weights, is quick, and says what the conversion then does."""
+"""`plan` loads no weights, and says what the conversion then does."""
 
 from __future__ import annotations
 
-import time
-
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rnnzoo.conversions.plan import make_plan
 from rnnzoo.conversions.recipes import list_recipes, parse_keep
@@ -35,9 +36,7 @@ def plan(*args, **options) -> dict:
 @pytest.mark.parametrize("recipe", list_recipes())
 def test_every_family_and_recipe_can_be_planned(teachers, family, recipe):
     options = {"state_budget": 60_000} if recipe == "rnnzoo" else {}
-    started = time.process_time()
     said = plan(teachers[family], recipe, keep="1/4", **options)
-    assert time.process_time() - started < 5
     assert said["parameters"] == tiny_model(family, num_hidden_layers=4).num_parameters()
     assert said["teacher"]["family"] == family and said["teacher"]["licence"] == "not stated"
     assert said["kept_attention"] == [3] == parse_keep("1/4", 4)
@@ -67,10 +66,19 @@ def test_a_student_in_which_nothing_is_new_is_not_aligned(teachers, student, tmp
         plan(teachers["llama"], str(recipe))
 
 
-def test_the_embedded_teacher_is_planned_within_seconds():
-    started = time.process_time()
-    said = plan(None, "rnnzoo")
-    assert time.process_time() - started < 5
+class NothingLarge(TorchDispatchMode):
+    """Fails where a tensor of more than a million numbers is in memory: weights and text are not needed for a plan."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            assert not isinstance(x, torch.Tensor) or x.device.type == "meta" or x.numel() < 10**6, function
+        return result
+
+
+def test_the_embedded_teacher_is_planned_without_its_weights():
+    with NothingLarge():
+        said = plan(None, "rnnzoo")
     assert said["parameters"] == 134_515_008 and said["state_bytes"] == 4_000_000
     assert said["teacher"]["licence"] == "apache-2.0" and len(said["layers"]) == 30
 
