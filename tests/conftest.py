@@ -3,6 +3,7 @@ a Hub on loopback; and a log that no test changes for the next."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -22,6 +23,17 @@ def log() -> None:
     logger = logging.getLogger("rnnzoo")
     logger.setLevel(logging.NOTSET)
     logger.handlers.clear()
+
+
+@pytest.fixture
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations of `--limits quick` and `standard` measure the same things on a sixteenth of the tokens."""
+    from rnnzoo.conversions.evaluation.limits import LIMITS  # loads transformers, which tests of kernels do without
+
+    for name in ("quick", "standard"):
+        sizes = {"perplexity_tokens": 1024, "position_tokens": 1024, "ablation_tokens": 512, "contexts": (64, 512)}
+        sizes |= {"recall_contexts": (256,), "distances": (16, 64), "decode_steps": 4, "sample_tokens": 8, "streams": 1}
+        monkeypatch.setitem(LIMITS, name, dataclasses.replace(LIMITS[name], **sizes))
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def test_bad_input_is_told_in_one_sentence(arguments, words, text, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
-def test_command_line_trains_with_evaluation_and_card(text, tmp_path, capsys):
+def test_command_line_trains_with_evaluation_and_card(text, tmp_path, capsys, few_tokens):
     out = tmp_path / "model"
     small = ["--hidden-size", "16", "--layers", "1", "--context", "64", "--batch-size", "2", "--steps", "4"]
     options = ["--set", "ssm_state_size=8", "--dtype", "bfloat16", "--accumulate", "2", "--eval-data", text, "--json"]

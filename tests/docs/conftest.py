@@ -45,7 +45,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_tokens: None) -> Path:
     """A copy of it, which is the current folder; no network, the choice of kernels as it is without settings."""
     copy = tmp_path / "here"
     shutil.copytree(furnished, copy)

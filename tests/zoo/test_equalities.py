@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from rnnzoo.zoo.core.cache import CACHE_NAME
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+# RNNZOO_EXAMPLES=50 searches longer: the same examples and more.
+EXAMPLES = int(os.environ.get("RNNZOO_EXAMPLES", "4"))
 SETTINGS = settings(
-    max_examples=6, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
