@@ -249,15 +249,11 @@ class Layer:
 
 def output_projection(mixer: Mixer) -> nn.Linear | None:
     """The linear layer that writes a mixer's output into the residual stream; None: it has none that we know."""
-    for name in ("proj.o_proj", "out_proj", "linear_out"):
-        with contextlib.suppress(AttributeError):
-            found = mixer.get_submodule(name)
-            return found if isinstance(found, nn.Linear) else None
-    return None
+    return mixer.output_projection()
 
 
 def has_decay(mixer: type[Mixer]) -> bool:
-    return mixer.set_decay is not Mixer.set_decay
+    return mixer.has_decay()
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...kernels.errors import RnnzooError
 from ...zoo.core.mixer import Mixer
 from ...zoo.core.registry import mixer_class
+from ..fit.closed_form import output_projection
 from ..sharding import gathers
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ...zoo.core.heads import RecurrentForCausalLM
     from ...zoo.core.mixer import Context
 
-__all__ = ["LOSSES", "check_target", "mixer_inputs", "output_projection", "seen_layers", "what_it_does"]
+__all__ = ["LOSSES", "check_target", "mixer_inputs", "seen_layers", "what_it_does"]
 
 
 def _relative(said: Tensor, wanted: Tensor) -> Tensor:
@@ -43,16 +44,6 @@ def _norm(said: Tensor, wanted: Tensor) -> Tensor:
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"relative": _relative, "mse": _mean_square, "norm": _norm}
 """Loss of what a mixer does (B, ...) against what it should do, by the stage's setting `loss`."""
-
-
-def output_projection(mixer: nn.Module) -> nn.Linear | None:
-    """The linear layer that makes a mixer's output from those of its heads; None where there is no such layer."""
-    for name in ("proj.o_proj", "out_proj", "linear_out"):
-        with contextlib.suppress(AttributeError):
-            found = mixer.get_submodule(name)
-            if isinstance(found, nn.Linear):
-                return found
-    return None
 
 
 def what_it_does(mixer: Any, hidden: Tensor, ctx: Context, target: str) -> Tensor:
