@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from .. import native
 from ..dispatch import chosen_backend
@@ -57,7 +58,8 @@ class Tape(TorchDispatchMode):
         self._calls: list[Call] | None = None
         # Whatever was seen stays allocated, so that no address is used twice.
         self._kept: list[Any] = []
-        # Of operations with several results, only the first is made again (norms return their statistics, too).
+        # Of operations with several results, only the first is made again (norms return their statistics, too). The
+        # memory of the others.
         self._unwritten: set[int] = set()
 
     @classmethod
@@ -80,13 +82,13 @@ class Tape(TorchDispatchMode):
         if self.problem is None:
             self._kept.append((args, kwargs, result))
             try:
-                if self._unwritten and any(isinstance(x, Tensor) and x.data_ptr() in self._unwritten for x in args):
+                if self._unwritten and any(_memory(x) in self._unwritten for x in _tensors((args, kwargs))):
                     raise Unsupported("a second result of an operation")
                 self._note(lower(func, args, kwargs, result, self._kept))
             except Unsupported as reason:
                 self.problem = str(reason)
             if isinstance(result, tuple):
-                self._unwritten |= {x.data_ptr() for x in result[1:] if isinstance(x, Tensor) and x.numel()}
+                self._unwritten |= {_memory(x) for x in _tensors(result[1:]) if x.numel()}
         return result
 
     def copy(self, source: Tensor, target: Tensor) -> None:
@@ -133,6 +135,14 @@ class Tape(TorchDispatchMode):
     def _native(self, entry: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         if self.problem is None:
             self._entries.append((entry, arguments))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def _run(steps: list[bytes]) -> Call:

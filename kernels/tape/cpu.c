@@ -10,26 +10,23 @@
 typedef uint32_t vu_any __attribute__((vector_size(64), aligned(2), may_alias));
 
 /* As in `lowering.py`, in this order. */
-enum { FLOAT32, BFLOAT16, FLOAT64, INT64, INT32, BYTE };
+enum { FLOAT32, BFLOAT16, INT64, BYTE };
 enum {
-    COPY, FILL, EXP, LOG, SQRT, RSQRT, RECIPROCAL, ABS, SIGMOID, SILU, TANH, GELU, GELU_TANH, SOFTPLUS, LOG_SIGMOID, SIN,
-    COS, ERF, EXPM1, LOG1P, ADD, MUL, DIV, POW, LOGADDEXP, MAXIMUM, MINIMUM, LT, LE, GT, GE, EQ, NE, WHERE, LERP, ADDCMUL, CLAMP,
-    SUM, MEAN, AMAX, NORM, SOFTMAX, LAYER_NORM, RMS_NORM, MATMUL
+    COPY, FILL, EXP, LOG, SQRT, RSQRT, ABS, SIGMOID, SILU, TANH, GELU, GELU_TANH, SOFTPLUS, LOG_SIGMOID, SIN, COS, EXPM1,
+    LOG1P, ADD, MUL, DIV, POW, LOGADDEXP, MAXIMUM, GE, EQ, WHERE, CLAMP, SUM, MEAN, NORM, SOFTMAX, LAYER_NORM, MATMUL
 };
 
 /* A tensor as a step goes through it: strides in elements for the step's sizes. */
 typedef struct { char *at; i64 stride[DIMS], type; } Operand;
 typedef struct { i64 op, inputs, size[DIMS]; Operand out, in[INPUTS]; double a, b; } Step;
 
-static const i64 WIDTHS[] = {4, 2, 8, 8, 4, 1};
+static const i64 WIDTHS[] = {4, 2, 8, 1};
 
 INLINE float number(const char *at, i64 type) {
     switch (type) {
     case FLOAT32: return *(const float *)at;
     case BFLOAT16: return from_bf16(*(const uint16_t *)at);
-    case FLOAT64: return (float)*(const double *)at;
     case INT64: return (float)*(const i64 *)at;
-    case INT32: return (float)*(const int32_t *)at;
     default: return (float)*(const uint8_t *)at;
     }
 }
@@ -57,9 +54,6 @@ static void store(const float *from, const Operand *x, i64 at, i64 n) {
         switch (x->type) {
         case FLOAT32: *(float *)to = from[i]; break;
         case BFLOAT16: *(uint16_t *)to = to_bf16(from[i]); break;
-        case FLOAT64: *(double *)to = from[i]; break;
-        case INT64: *(i64 *)to = (i64)from[i]; break;
-        case INT32: *(int32_t *)to = (int32_t)from[i]; break;
         default: *(uint8_t *)to = from[i] != 0;
         }
 }
@@ -83,7 +77,6 @@ static void compute(const Step *step, float *o, const float *a, const float *b, 
     case LOG: EACH(logf(x));
     case SQRT: EACH(sqrtf(x));
     case RSQRT: EACH(1.0f / sqrtf(x));
-    case RECIPROCAL: EACH(1.0f / x);
     case ABS: EACH(fabsf(x));
     case SIGMOID: EACH_VECTOR(sigmoidv(x));
     case SILU: EACH_VECTOR(x * sigmoidv(x));
@@ -94,7 +87,6 @@ static void compute(const Step *step, float *o, const float *a, const float *b, 
     case LOG_SIGMOID: EACH((x < 0 ? x : 0) - log1pf(expf(-fabsf(x))));
     case SIN: EACH(sinf(x));
     case COS: EACH(cosf(x));
-    case ERF: EACH(erff(x));
     case EXPM1: EACH(expm1f(x));
     case LOG1P: EACH(log1pf(x));
     case ADD: EACH(x + p * y);
@@ -103,16 +95,9 @@ static void compute(const Step *step, float *o, const float *a, const float *b, 
     case POW: EACH(powf(x, y));
     case LOGADDEXP: EACH(x == y ? x + 0.69314718f : MAX(x, y) + log1pf(expf(-fabsf(x - y))));
     case MAXIMUM: EACH(x != x ? x : y != y ? y : MAX(x, y));
-    case MINIMUM: EACH(x != x ? x : y != y ? y : MIN(x, y));
-    case LT: EACH(x < y);
-    case LE: EACH(x <= y);
-    case GT: EACH(x > y);
     case GE: EACH(x >= y);
     case EQ: EACH(x == y);
-    case NE: EACH(x != y);
     case WHERE: EACH(x != 0 ? y : z);
-    case LERP: EACH(fabsf(z) < 0.5f ? x + z * (y - x) : y - (y - x) * (1 - z));
-    case ADDCMUL: EACH(x + p * y * z);
     case CLAMP: EACH(x != x ? x : MIN(MAX(x, p), q));
     }
 }
@@ -137,12 +122,11 @@ static void pointwise(const Step *step) {
     }
 }
 
-/* The same between integers, exactly. */
-INLINE i64 integer(const char *at, i64 type) {
-    return type == INT64 ? *(const i64 *)at : type == INT32 ? *(const int32_t *)at : *(const uint8_t *)at;
-}
+/* The same between integers, exactly; what does not fit into 64 bits wraps, as in torch. */
+INLINE i64 integer(const char *at, i64 type) { return type == INT64 ? *(const i64 *)at : *(const uint8_t *)at; }
 static void pointwise_integers(const Step *step) {
-    i64 p = (i64)step->a, q = (i64)step->b;
+    const double above = 9223372036854775808.0; /* 2^63; a and b may be infinite: no limit */
+    i64 p = step->a <= -above ? INT64_MIN : (i64)step->a, q = step->b >= above ? INT64_MAX : (i64)step->b;
     ROWS(step) for (i64 i = 0; i < step->size[3]; i++) {
         i64 v[3] = {0};
         for (i64 k = 0; k < step->inputs; k++) {
@@ -153,23 +137,16 @@ static void pointwise_integers(const Step *step) {
         switch (step->op) {
         case COPY: o = x; break;
         case FILL: o = p; break;
-        case ABS: o = x < 0 ? -x : x; break;
-        case ADD: o = x + p * y; break;
-        case MUL: o = x * y; break;
+        case ADD: o = (i64)((uint64_t)x + (uint64_t)p * (uint64_t)y); break;
+        case MUL: o = (i64)((uint64_t)x * (uint64_t)y); break;
         case MAXIMUM: o = MAX(x, y); break;
-        case MINIMUM: o = MIN(x, y); break;
-        case LT: o = x < y; break;
-        case LE: o = x <= y; break;
-        case GT: o = x > y; break;
         case GE: o = x >= y; break;
         case EQ: o = x == y; break;
-        case NE: o = x != y; break;
         case WHERE: o = x ? y : z; break;
         case CLAMP: o = MIN(MAX(x, p), q); break;
         }
         char *to = step->out.at + (BEGIN(step->out) + i * step->out.stride[3]) * WIDTHS[step->out.type];
         if (step->out.type == INT64) *(i64 *)to = o;
-        else if (step->out.type == INT32) *(int32_t *)to = (int32_t)o;
         else *(uint8_t *)to = o != 0;
     }
 }
@@ -182,13 +159,9 @@ static void by_rows(const Step *step) {
     const Operand *in = step->in;
     ROWS(step) {
         for (i64 i = 0; i < n; i += BLOCK) load(row + i, in, BEGIN(*in) + i * in->stride[3], MIN(BLOCK, n - i));
-        if (step->op == AMAX || step->op == SOFTMAX) {
+        if (step->op == SOFTMAX) {
             float most = -INFINITY;
             for (i64 i = 0; i < n; i++) most = row[i] > most || row[i] != row[i] ? row[i] : most;
-            if (step->op == AMAX) {
-                store(&most, &step->out, BEGIN(step->out), 1);
-                continue;
-            }
             for (i64 i = 0; i < n; i++) row[i] -= most;
             for (i64 i = n; i < width; i++) row[i] = -INFINITY;
             for (i64 i = 0; i < width; i += LANES) storev(row + i, expv(loadv(row + i)));
@@ -203,7 +176,6 @@ static void by_rows(const Step *step) {
         }
         float mean = 0, scale;
         if (step->op == SOFTMAX) scale = 1 / total;
-        else if (step->op == RMS_NORM) scale = 1 / sqrtf(square / (float)n + (float)step->a);
         else {
             mean = total / (float)n;
             float spread = 0;
@@ -328,7 +300,7 @@ static void matmul(const Step *step, i64 threads) {
     free(given);
 }
 
-INLINE int whole(const Operand *x) { return x->type == INT64 || x->type == INT32 || x->type == BYTE; }
+INLINE int whole(const Operand *x) { return x->type == INT64 || x->type == BYTE; }
 
 void tape_run(const Step *steps, i64 count, i64 threads) {
     for (const Step *step = steps; step < steps + count; step++) {
