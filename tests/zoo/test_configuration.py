@@ -120,3 +120,36 @@ def test_architectures_that_share_a_field_declare_the_same_default():
             if field.name not in CORE:
                 defaults.setdefault(field.name, set()).add(f"{field.default!r} {field.default_factory!r} {field.type}")
     assert {name: found for name, found in defaults.items() if len(found) > 1} == {}
+
+
+def test_a_configuration_of_an_earlier_version_loads_as_it_is(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(EARLIER))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert {key: plain(getattr(config, key)) for key in EARLIER.keys() - {"transformers_version"}} == {
+        key: value for key, value in EARLIER.items() if key != "transformers_version"
+    }
+
+
+# Written by 0.1.0 before its modules of models were divided; values that are the default left out.
+EARLIER: dict[str, Any] = {
+    "architectures": ["GLAForCausalLM"],
+    "gla_key_width": 16,
+    "head_dim": 32,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "layer_types": ["gla", "mamba", "sliding_attention"],
+    "mamba_dt_rank": 2,
+    "mamba_inner_size": 64,
+    "mamba_state_size": 16,
+    "model_type": "rnnzoo-gla",
+    "num_attention_heads": 1,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "sliding_window": 4,
+    "ssm_conv_kernel": 3,
+    "ssm_expand": 2,
+    "transformers_version": "5.24.0",
+    "vocab_size": 61,
+}

@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers.generation import GenerationMixin
 
+from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.cache import CACHE_NAME
 from rnnzoo.zoo.core.documents import Progress
 from rnnzoo.zoo.core.folders import architecture_module
 from rnnzoo.zoo.core.registry import architectures, config_class
+from rnnzoo.zoo.core.rotary import Rotary
 from rnnzoo.zoo.core.sizes import causal_lm_class
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -70,3 +72,26 @@ def test_generate_looks_at_no_mask_after_the_prompt(monkeypatch):
     assert masks[0] is not None and masks[1:] == [None] * 3
     alone = model.generate(ids[:1, 2:], max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert torch.equal(padded[:1, 5:], alone[:, 3:])
+
+
+SCALED = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize("name", [*architectures(), "gated_delta_net.attention", "kda.attention", "rotated rwkv6"])
+def test_scaled_rotation_is_refused_where_no_layer_rotates(name, monkeypatch):
+    turned, rotate = [], Rotary.rotate
+    monkeypatch.setattr(Rotary, "rotate", lambda self, *given: turned.append(1) or rotate(self, *given))
+    options = SIZES | ({"rwkv_rotate": True} if "rotated" in name else {})
+    name = name.removeprefix("rotated ")
+    cls, model = config_class(name), causal_lm_class(name.partition(".")[0])
+    config = cls(**options, layer_types=[name] * 3)
+    model(config)(torch.arange(3, 9)[None])
+    config.rope_parameters = SCALED
+    if turned:
+        model(config)
+        return
+    with pytest.raises(RnnzooError, match="rope_type='linear', but no layer of this model rotates"):
+        model(config)
+    config.architectures = [model.__name__]  # as files of earlier versions and students of a scaled teacher have it
+    model(config)
+    model(cls.from_dict(config.to_dict()))

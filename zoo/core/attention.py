@@ -122,6 +122,7 @@ class FullAttention(Mixer):
     kernel = "scaled_dot_product_attention"
     paper = "Vaswani et al. 2017, arXiv 1706.03762"
     complexity = "T^2 / T"
+    rotates = True
     window: int | None = None
 
     def __init__(self, config: RecurrentConfig, layer_idx: int):

@@ -160,6 +160,7 @@ class Mixer(SelfInitialised):
         columns: arguments of the model, (B, T) bool, that it makes use of besides the tokens ("prefix_mask").
         complexity: of a forward pass in the number of tokens T, of the layer's memory while decoding after a slash.
         branches: the parts whose sum the output is, where there are several, such as ("window", "linear").
+        rotates: whether it turns queries and keys by their positions (`ctx.rotary`).
         decay_parameters: names, or how they begin, of parameters that decide how fast the state forgets and nothing
             else of weight.
         divides_budget: whether a state budget can be divided among its layers and heads. Then its configuration has
@@ -175,6 +176,7 @@ class Mixer(SelfInitialised):
     columns: tuple[str, ...] = ()
     complexity: str = "T / 1"
     branches: tuple[str, ...] = ()
+    rotates: bool = False
     decay_parameters: tuple[str, ...] = ()
     divides_budget: bool = False
     lengths: tuple[int, ...] = ()

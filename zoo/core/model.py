@@ -138,12 +138,23 @@ class RecurrentModel(RecurrentPreTrainedModel):
         shared = {kind: mixer_class(kind).shared(config) for kind in dict.fromkeys(config.layer_types)}
         self.shared = nn.ModuleDict({kind: module for kind, module in shared.items() if module is not None})
         self.layers = nn.ModuleList([RecurrentBlock(config, i) for i in range(config.num_hidden_layers)])
+        self._expect_rotation_where_it_is_scaled()
         self.norm = make_norm(config)
         count = getattr(config, "temporal_perspectives", 1)
         self.perspectives = Perspectives(config.hidden_size, count) if count > 1 else None
         self.rotary = RotaryFrequencies(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _expect_rotation_where_it_is_scaled(self) -> None:
+        # A file's configuration and a student's, which has its teacher's settings, have named the class of their model.
+        given = self.config.architectures is None and self.config.transformers_version is None
+        kind = (self.config.rope_parameters or {}).get("rope_type", "default")
+        if given and kind != "default" and not any(layer.mixer.rotates for layer in self.layers):
+            raise RnnzooError(
+                f"rope_parameters has rope_type={kind!r}, but no layer of this model rotates queries and keys "
+                f"({', '.join(dict.fromkeys(self.config.layer_types))}); leave rope_parameters out."
+            )
 
     def context(self, mask: Tensor | None, layout: Layout, prefix: Tensor | None = None) -> Context:
         """What the mixers are told about a call."""

@@ -73,6 +73,7 @@ class HeadedMixer(Mixer):
 
     def __init__(self, config: RecurrentConfig, layer_idx: int, key_width: int | None = None):
         super().__init__(config, layer_idx)
+        self.rotates = config.rwkv_rotate
         self.proj = proj = AttentionProjections(config, key_width)
         self.heads, self.key_width, self.value_width = proj.num_heads, proj.key_width, proj.value_width
         self.norm = None

@@ -50,6 +50,7 @@ class HedgehogMixer(FeatureMaps):
     """The equations at the head of this file, between the teacher's projections."""
 
     kernel = "gated_linear_attention"
+    rotates = True
     paper = "Zhang et al. 2024, arXiv 2402.04347"
     branches = ("window", "linear")
     decay_parameters = ("log_decay",)

@@ -109,6 +109,7 @@ class LatentProjections(SelfInitialised):
 class LatentAttention(FullAttention):
     """The last equations at the head of this file."""
 
+    rotates = False
     paper = "DeepSeek-AI 2024, arXiv 2405.04434"
     init_from_attention = Mixer.init_from_attention
 

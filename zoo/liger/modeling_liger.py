@@ -50,6 +50,7 @@ class LigerMixer(Mixer):
     """The equations at the head of this file, between the teacher's projections."""
 
     kernel = "gated_linear_attention"
+    rotates = True
     paper = "Lan et al. 2025, arXiv 2503.01496"
     branches = ("window", "linear")
 

@@ -39,6 +39,7 @@ __all__ = ["RetNetForCausalLM", "RetNetForSequenceClassification", "RetNetMixer"
 class RetNetMixer(LinearMixer):
     """The equations at the head of this file."""
 
+    rotates = True
     paper = "Sun et al. 2023, arXiv 2307.08621"
 
     def __init__(self, config: RetNetConfig, layer_idx: int):

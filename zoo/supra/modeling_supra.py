@@ -52,6 +52,7 @@ class SupraMixer(Mixer):
     """The equations at the head of this file, between the teacher's projections."""
 
     kernel = "gated_linear_attention"
+    rotates = True
     paper = "Mercat et al. 2024, arXiv 2405.06640"
 
     def __init__(self, config: SupraConfig, layer_idx: int):

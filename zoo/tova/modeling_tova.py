@@ -54,6 +54,7 @@ class TovaMixer(Mixer):
     """The equations at the head of this file."""
 
     kernel = "scaled_dot_product_attention"
+    rotates = True
     paper = "Oren et al. 2024, arXiv 2401.06104"
 
     def __init__(self, config: TovaConfig, layer_idx: int):
