@@ -51,7 +51,6 @@ class Run:
 
     def finish(self, name: str, student: Any, report: dict[str, Any]) -> None:
         """Keeps the student and the report of a stage, then forgets its checkpoints and the teacher's predictions."""
-        self.begin()
         if student is not None:
             number = len(self.stages)
             folder = self.folder / f"student-{number}"
@@ -59,6 +58,7 @@ class Run:
             report = report | {"student": folder.name}
         self.stages.append({"name": name} | report)
         self.save()
+        self.begin()
         for old in self.folder.glob("student-*"):
             if name == FINISHED or (student is not None and old.name != report["student"]):
                 shutil.rmtree(old, ignore_errors=True)

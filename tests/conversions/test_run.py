@@ -216,6 +216,19 @@ def test_a_failure_of_a_call_that_goes_on_deletes_nothing(tmp_path):
     assert holds_run(run.out) and (run.folder / "checkpoint-4").exists()
 
 
+def test_a_restart_whose_first_student_cannot_be_saved_gives_the_old_run_back(finished):
+    class Full(Model):
+        def save_pretrained(self, folder):
+            raise OSError(28, "No space left on device")
+
+    before = {name: (finished / name).read_bytes() for name in files(finished)}
+    run = open_run(finished, OTHER, True)
+    with pytest.raises(OSError, match="No space"):
+        run.finish("initialise", Full(), {})
+    run.discard()
+    assert {name: (finished / name).read_bytes() for name in files(finished)} == before
+
+
 def test_a_run_that_has_begun_is_not_discarded(tmp_path):
     run = open_run(tmp_path / "out", REQUEST, False)
     run.begin()
