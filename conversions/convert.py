@@ -13,7 +13,7 @@ from ..kernels.errors import RnnzooError
 from .context import Progress, StageContext
 from .data import open_corpus
 from .energy import check_energy, measured_energy
-from .pipeline import Pipeline
+from .pipeline import Pipeline, check_goes_on
 from .processes import Processes
 from .recipes import Recipe
 from .recipes.prepare import check_inputs, check_offload, check_processes, prepare_recipe
@@ -65,7 +65,7 @@ def convert(
         restart: discard an earlier run in `out`.
         evaluate: measure the result on text held out from the data, beside the teacher, and the way there.
         offload: keep teacher and student on disk, with one layer in memory at a time: for stages that work layer by
-            layer, see `offload.py`. The result is not measured, because that takes the whole model.
+            layer, see `mapped_layers.py`. The result is not measured, because that takes the whole model.
         activation_checkpointing: in stages that train, keep of a block's activations its input alone and make the
             others again for the gradient: less memory, a third more work, the same result.
         energy: ISO code of the country, such as "DEU": measure energy and CO2 of the stages with CodeCarbon.
@@ -112,6 +112,7 @@ def convert(
                 return join_run(out)
             stack.enter_context(alone_in(out))
             run = open_run(out, request, restart)
+            check_goes_on(run, offload)
             if run.created:
                 stack.enter_context(alone_in(out))
             return run

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.errors import RnnzooError
 from ..zoo.core.model import RecurrentBlock
-from ..zoo.core.registry import mixer_class
 
 if TYPE_CHECKING:
     from ..zoo.core.configuration import RecurrentConfig
-    from ..zoo.core.mixer import AttentionWeights, Mixer
+    from ..zoo.core.mixer import AttentionWeights
     from .teachers import TeacherRef
 
-__all__ = ["MappedTeacher", "block_of", "new_mixer"]
+__all__ = ["MappedTeacher", "block_of"]
 
 STORED = {"lm_head.weight": "embed_out.weight"}  # names in the files of GPT-NeoX, where they are not the model's
 
@@ -104,26 +103,18 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), folder / "model.safetensors")
 
 
-def new_mixer(config: RecurrentConfig, number: int, weights: AttentionWeights, seed: int, root: Any) -> Mixer:
-    """A layer's mixer in float32, started from a teacher's attention as `build_student` does.
-
-    Args:
-        root: a model of this configuration, on any device, whose class says how parts are initialised.
-    """
-    torch.manual_seed(seed)
-    mixer = mixer_class(config.layer_types[number])(config, number)
-    mixer.apply(root._init_weights)
-    mixer.init_from_attention(weights)
-    return mixer
-
-
 def block_of(
-    config: RecurrentConfig, number: int, mixer: nn.Module, shared: dict[str, Tensor], dtype: torch.dtype
+    config: RecurrentConfig,
+    number: int,
+    mixer: nn.Module,
+    shared: dict[str, Tensor],
+    dtype: torch.dtype,
+    norms: torch.dtype,
 ) -> RecurrentBlock:
-    """A whole block, frozen: this mixer, and the teacher's norms and MLP, which stay mapped if they are of `dtype`."""
+    """A whole block, frozen: this mixer, and the teacher's norms and MLP, which stays mapped if it is of `dtype`."""
     with torch.device("meta"):
         block = RecurrentBlock(config, number)
     block.mixer = mixer  # type: ignore[assignment]
-    tensors = {name: tensor.to(dtype) for name, tensor in shared.items()}
+    tensors = {name: tensor.to(norms if "norm" in name else dtype) for name, tensor in shared.items()}
     block.load_state_dict(tensors, strict=False, assign=True)
     return block.requires_grad_(False).eval()

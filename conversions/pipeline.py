@@ -10,9 +10,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from ..kernels.errors import RnnzooError
 from ..zoo.core.sizes import causal_lm_class
 from .context import Part, StageContext
-from .offload import run_offloaded
+from .mapped_layers import MappedStudents
 from .ranking import load_ranking, rank_layers, save_ranking
 from .recipes import keep_steps, parse_keep
 from .recipes.keep import needs_ranking, stage_steps, stage_tokens
@@ -21,30 +22,70 @@ from .sharding import is_sharded, whole_model
 from .stages import Stage
 from .stages.ladder import held_out_perplexity
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "check_goes_on"]
+
+
+def check_goes_on(run: Run, offload: bool) -> None:
+    """Refuses to go on with a run that keeps its student elsewhere: on disk a layer at a time, or whole.
+
+    Raises:
+        RnnzooError: says how it was begun.
+    """
+    whole = run.student_folder() is not None
+    if run.stages and run.record(FINISHED) is None and whole == offload:
+        raise RnnzooError(
+            f"{run.out} holds a run that was begun {'without' if whole else 'with'} --offload; go on "
+            f"{'without' if whole else 'with'} it, choose another folder, or discard that run with --restart."
+        )
+
+
+class WholeStudents:
+    """Where the student is kept between stages: in memory, and in the run's folder for a restart."""
+
+    def __init__(self, run: Run, context: StageContext):
+        self.run, self.context = run, context
+
+    def begin(self, previous: Any, kept: list[int]) -> Any:
+        """A student of which the layers `kept` are attention, with what the `previous` one has been trained to."""
+        return self.context.initialise(previous, kept)
+
+    def saved(self) -> Any:
+        """The student after the last finished stage; None before the first."""
+        folder = self.run.student_folder()
+        if folder is None:
+            return None
+        return causal_lm_class(self.context.recipe.student).from_pretrained(folder).float()
+
+    def finish(self, name: str, student: Any, report: dict[str, Any]) -> None:
+        """Records a stage, and the student after it."""
+        self.run.finish(name, student, report)
+
+    def publish(self, student: Any) -> None:
+        """The finished model into OUT."""
+        self.run.publish(student.to(self.context.dtype), self.context.tokenizer)
+        self.run.finish(FINISHED, None, {})
 
 
 class Pipeline:
     """A run and its stages.
 
     Args:
-        offload: one layer in memory at a time, see `offload.py`.
+        offload: one layer in memory at a time, see `mapped_layers.py`.
         ladder: measure the student after each stage, and the teacher.
     """
 
     def __init__(self, run: Run, context: StageContext, *, offload: bool = False, ladder: bool = False):
-        self.run, self.context, self.offload, self.ladder = run, context, offload, ladder
+        self.run, self.context, self.ladder = run, context, ladder
+        self.students = (MappedStudents if offload else WholeStudents)(run, context)
         self.processes = context.processes
         self._take_ranking()
 
     def complete(self) -> None:
         """All stages that are not finished yet, and the model in OUT."""
-        if self.offload:
-            return run_offloaded(self.run, self.context)
         context, processes = self.context, self.processes
         layers = context.teacher.config.num_hidden_layers
         processes.first(context.teacher.fetch)
-        student = self._saved_student()
+        student = self.students.saved()
         processes.first(self._prepare)
         if needs_ranking(context.recipe.keep) and not context.recipe.ranking:
             processes.only(lambda: save_ranking(self.run.folder / RANKING, rank_layers(context)))
@@ -62,7 +103,7 @@ class Pipeline:
                 if stage_steps(context.recipe, stage, layers)[number]:
                     tokens = stage_tokens(context.recipe, stage, layers)[number]
                     student = self._stage(stage, student, prefix, tokens, fresh, used)
-        processes.only(lambda: self._publish(student))
+        processes.only(lambda: self.students.publish(student))
 
     def _stage(
         self, stage: Stage, student: Any, prefix: str, tokens: int, fresh: list[int], used: dict[str, int]
@@ -112,32 +153,21 @@ class Pipeline:
             student, report = work()
             names = {"value": "perplexity", "stderr": "perplexity_stderr", "tokens": "perplexity_tokens"}
             found = {names[key]: value for key, value in self._held_out(student, name).items()}
-            self.run.finish(name, student, report | found)
+            self.students.finish(name, student, report | found)
             return student
 
         student = self.processes.only(done)
         if not self.processes.main:
             self.run.read_again()
-            student = self._saved_student()
+            student = self.students.saved()
         self.processes.wait()  # the main process may not remove it before all have read it
         return student
 
-    def _saved_student(self) -> Any:
-        """The student after the last finished stage; None before the first."""
-        folder = self.run.student_folder()
-        if folder is None:
-            return None
-        return causal_lm_class(self.context.recipe.student).from_pretrained(folder).float()
-
-    def _publish(self, student: Any) -> None:
-        self.run.publish(student.to(self.context.dtype), self.context.tokenizer)
-        self.run.finish(FINISHED, None, {})
-
     def _begin(self, name: str, previous: Any, kept: list[int], first: bool) -> tuple[Any, dict[str, Any]]:
         self.context.progress(name, 0, 1, {})
-        student = self.context.initialise(previous, kept)
+        student = self.students.begin(previous, kept)
         report: dict[str, Any] = {"tokens": 0, "kept": kept}
-        if first and (found := self._held_out(self.context.twin, "teacher")):
+        if first and self.ladder and (found := self._held_out(self.context.twin, "teacher")):
             report["teacher_perplexity"] = found
         self.context.progress(name, 1, 1, {})
         return student, report

@@ -15,7 +15,8 @@ __all__ = ["gathers", "is_sharded", "shard_frozen", "units", "whole_model"]
 
 def units(student: Any) -> list[str]:
     """Classes of modules that are gathered by themselves."""
-    return list(dict.fromkeys(["RecurrentBlock", *(type(layer.mixer).__name__ for layer in student.model.layers)]))
+    mixers = (type(block.mixer).__name__ for block in student.model.layers.children())
+    return list(dict.fromkeys(["RecurrentBlock", *mixers]))
 
 
 def shard_frozen(twin: Any, plugin: Any, device: torch.device) -> Any:

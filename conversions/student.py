@@ -12,8 +12,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..kernels.errors import RnnzooError
-from ..zoo.core.mixer import AttentionWeights
-from ..zoo.core.registry import config_class
+from ..zoo.core.mixer import AttentionWeights, Mixer
+from ..zoo.core.registry import config_class, mixer_class
 from ..zoo.core.sizes import causal_lm_class
 from .fit.budget import StateBudget
 from .recipes import Recipe
@@ -31,7 +31,9 @@ __all__ = [
     "build_student",
     "continue_from",
     "layer_types",
+    "new_mixer",
     "student_config",
+    "twin_config",
 ]
 
 
@@ -75,7 +77,7 @@ def budget_of(
 def build_student(
     teacher: TeacherRef, model: PreTrainedModel, config: RecurrentConfig, mixer: str, dtype: torch.dtype, seed: int
 ) -> RecurrentForCausalLM:
-    """A model with the teacher's embeddings, norms and MLPs, and mixers started from its attention."""
+    """A model with the teacher's embeddings, norms and MLPs, and mixers started from its attention (`new_mixer`)."""
     torch.manual_seed(seed)
     student = causal_lm_class(mixer)(config)
     shared = teacher.family.shared_tensors(model)
@@ -85,17 +87,35 @@ def build_student(
     if unexpected or stray:
         raise RnnzooError(f"The teacher's tensors do not fit the student: {sorted([*unexpected, *stray])[:3]}.")
     for i, layer in enumerate(student.model.layers):
-        layer.mixer.init_from_attention(teacher.family.attention_weights(model, i))
+        layer.mixer = new_mixer(student, i, teacher.family.attention_weights(model, i), seed)
     student.tie_weights()
     return student.to(dtype)
 
 
+def new_mixer(student: RecurrentForCausalLM, number: int, weights: AttentionWeights, seed: int) -> Mixer:
+    """The mixer of a layer in float32, started from a teacher's attention; what is drawn depends on no other layer.
+
+    Args:
+        student: of any device; its class says how parts are initialised.
+    """
+    torch.manual_seed(seed + number)
+    mixer = mixer_class(student.config.layer_types[number])(student.config, number)
+    mixer.apply(student._init_weights)
+    tensors = {name: x.float() for name, x in vars(weights).items() if isinstance(x, torch.Tensor)}
+    mixer.init_from_attention(dataclasses.replace(weights, **tensors))
+    return mixer
+
+
 def attention_twin(teacher: TeacherRef, model: PreTrainedModel, dtype: torch.dtype) -> RecurrentForCausalLM:
     """The teacher itself in the zoo's block, every layer attention: one shape for all families, the same logits."""
-    recipe = Recipe(name="twin", student="full_attention", stages=[])
-    types = teacher.family.attention_types(teacher.config)
-    twin = build_student(teacher, model, student_config(teacher, recipe, types), "full_attention", dtype, 0)
+    twin = build_student(teacher, model, twin_config(teacher), "full_attention", dtype, 0)
     return twin.eval().requires_grad_(False)
+
+
+def twin_config(teacher: TeacherRef) -> RecurrentConfig:
+    """Of `attention_twin`."""
+    recipe = Recipe(name="twin", student="full_attention", stages=[])
+    return student_config(teacher, recipe, teacher.family.attention_types(teacher.config))
 
 
 @torch.no_grad()

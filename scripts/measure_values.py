@@ -17,13 +17,25 @@ import torch
 
 from rnnzoo.conversions.data import open_corpus, pack
 from rnnzoo.conversions.evaluation.texts import load
-from rnnzoo.conversions.fit.closed_form import ClosedForm, fit_layers
+from rnnzoo.conversions.fit.closed_form import ClosedForm, Stream
+from rnnzoo.conversions.layers import InMemoryLayers
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.stages.calibrate import loss_on
+from rnnzoo.conversions.stages.calibrate import fit_layers, loss_behind
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 
 PARTS = {"without": ("decay", "scale", "output"), "with": ("decay", "values", "scale", "output")}
+
+
+@torch.no_grad()
+def loss_on(model, data) -> float:
+    """Mean cross-entropy per token of rows of text, in nats."""
+    rows = [data[i] for i in range(len(data))]
+    streams = [Stream.of(model, row) for row in rows]
+    for block in model.model.layers:
+        for stream in streams:
+            stream.advance(block)
+    return loss_behind(model, streams, rows, False)
 
 
 @click.command()
@@ -44,7 +56,7 @@ def main(name, students, data, text, seq_len, tokens, eval_tokens, out) -> None:
     documents = corpus.documents("calibration", seed=0)
     rows = pack(documents, tokenizer, seq_len, tokens, name="calibration", source="", long_documents=True)
     held = pack([load(text).text], tokenizer, seq_len, eval_tokens, name="test", source="", long_documents=True)
-    found = {"teacher": math.exp(loss_on(twin, held, False)), "tokens": rows.num_tokens, "held_out": held.num_tokens}
+    found = {"teacher": math.exp(loss_on(twin, held)), "tokens": rows.num_tokens, "held_out": held.num_tokens}
     click.echo(json.dumps(found))
     for mixer in students:
         for what, parts in PARTS.items():
@@ -52,11 +64,13 @@ def main(name, students, data, text, seq_len, tokens, eval_tokens, out) -> None:
             recipe = Recipe("values", mixer, [])
             config = student_config(teacher, recipe, layer_types(teacher, recipe, []))
             student = build_student(teacher, model, config, mixer, torch.float32, 0).eval()
-            layers = fit_layers(student, twin, rows, ClosedForm(parts))
+            layers = InMemoryLayers(twin, student)
+            fit_layers(layers, rows, ClosedForm(parts))
+            errors = [layer["after"] for layer in layers.reports()]
             seconds = time.process_time() - started
             found[f"{mixer}, {what}"] = {
-                "perplexity": math.exp(loss_on(student, held, False)),
-                "error": sum(layer["after"] for layer in layers) / len(layers),
+                "perplexity": math.exp(loss_on(student, held)),
+                "error": sum(errors) / len(errors),
                 "cpu_seconds": round(seconds),
             }
             click.echo(json.dumps({f"{mixer}, {what}": found[f"{mixer}, {what}"]}))

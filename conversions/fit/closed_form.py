@@ -1,7 +1,7 @@
-"""Converted layers refitted in closed form, one after the other, each on what the layers before it really give.
+"""A converted layer refitted in closed form, on what the layers before it really give.
 
 Two streams of hidden states go through the blocks side by side: the teacher's h and the student's s, of all rows of
-the calibration text at one layer at a time. Where a layer was converted:
+the calibration text at one layer at a time (`stages/calibrate.py`). Where a layer was converted:
 
 decay     its heads start to forget at the pace at which the teacher's heads look back (`distances`).
 values    W_v of mixers that are linear in their values (`values`), where the layer's error on text that neither W_v nor
@@ -23,16 +23,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels.errors import RnnzooError
-from ...zoo.core.mixer import Context, Mixer
-from ...zoo.core.registry import ATTENTION_TYPES
-from ..precision import mixed_precision
+from ...zoo.core.mixer import Context
 from .distances import Distances
 from .least_squares import RIDGES, Gram, chosen_ridge, held_out
 from .linear_layers import set_with_bias, with_bias
@@ -41,11 +38,8 @@ from .values import Values
 if TYPE_CHECKING:
     from ...zoo.core.heads import RecurrentForCausalLM
     from ...zoo.core.model import RecurrentBlock
-    from ..data import PackedTokens
 
-__all__ = ["ClosedForm", "fit_layers", "output_projection"]
-
-Report = Callable[[int, int], None]
+__all__ = ["ClosedForm", "Layer", "Stream", "context_of", "fit_layer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +65,11 @@ class Stream:
     carried: Tensor | None = None
 
     @classmethod
-    def of(cls, model: RecurrentForCausalLM, row: dict[str, Tensor]) -> Stream:
+    def of(cls, model: RecurrentForCausalLM, row: dict[str, Tensor], dtype: torch.dtype | None = None) -> Stream:
+        """Before the first layer; dtype: of the hidden states, None for that of the embeddings."""
         device = model.model.embed_tokens.weight.device
-        ids, seq_ids = (row[name][None].to(device) for name in ("input_ids", "seq_ids"))
-        seq_ids = None if bool((seq_ids == seq_ids[:, :1]).all()) else seq_ids
-        ctx = model.model.make_context(*ids.shape, device, seq_ids=seq_ids)
-        return cls(model.model.enter(model.model.embed_tokens(ids)), ctx)
+        embedded = model.model.embed_tokens(row["input_ids"][None].to(device))
+        return cls(model.model.enter(embedded.to(dtype or embedded.dtype)), context_of(model, row, device))
 
     def mixed(self, block: RecurrentBlock) -> Tensor:
         """What the block's mixer gives, the stream staying where it is."""
@@ -87,52 +80,37 @@ class Stream:
         self.hidden, _, self.carried = block(self.hidden, None, self.ctx, self.carried)
 
 
-@torch.no_grad()
-def fit_layers(
-    student: RecurrentForCausalLM,
-    twin: RecurrentForCausalLM,
-    data: PackedTokens,
+def context_of(model: RecurrentForCausalLM, row: dict[str, Tensor], device: torch.device) -> Context:
+    """Of a row by itself: (1, T), and its documents where there are several."""
+    seq_ids = row["seq_ids"][None].to(device)
+    plain = bool((seq_ids == seq_ids[:, :1]).all())
+    return model.model.make_context(*seq_ids.shape, device, seq_ids=None if plain else seq_ids)
+
+
+def fit_layer(
+    theirs: RecurrentBlock,
+    ours: RecurrentBlock,
     how: ClosedForm,
-    only: Container[int] | None = None,
-    weights: Tensor | None = None,
-    bf16: bool = False,
-    report: Report = lambda done, total: None,
-) -> list[dict[str, Any]]:
-    """Refits the converted layers (those in `only`; None: all) in place.
+    teachers: list[Stream],
+    students: list[Stream],
+    weights: Tensor | None,
+) -> dict[str, Any] | None:
+    """Refits our block's mixer in place, and moves the teacher's streams on where it does.
 
     Args:
-        weights: (layers, N, T), of the tokens in each layer's least squares; None: all alike.
-        bf16: run the layers in bfloat16 where autocast does; sums are float64 in any case.
+        theirs, ours: the blocks of the two. teachers, students: the same rows of text before them.
+        weights: (N, T), of the tokens in the least squares; None: all alike.
     Returns:
-        A dict for each layer that was refitted: layer, the relative squared errors of its output `before` and `after`,
-        weighted as the fit is, and whether its `values` are among what is new.
-    Raises:
-        RnnzooError: a layer's outputs are not finite.
+        The relative squared errors of the layer's output `before` and `after`, weighted as the fit is, and whether its
+        `values` are among what is new. None: the mixer has no output projection, and all is as it was.
     """
-    device = student.model.embed_tokens.weight.device
-    found = []
-    with mixed_precision(device, bf16):
-        teachers, students = ([Stream.of(model, data[i]) for i in range(len(data))] for model in (twin, student))
-        for number, (theirs, ours) in enumerate(zip(twin.model.layers, student.model.layers, strict=True)):
-            converted = student.config.layer_types[number] not in ATTENTION_TYPES
-            output = output_projection(ours.mixer)
-            if not converted or output is None or not (only is None or number in only):
-                for stream in teachers:
-                    stream.advance(theirs)
-            else:
-                layer = Layer(theirs, ours, output, how, None if weights is None else weights[number])
-                layer.teach(teachers)
-                before, after = layer.fit(students)
-                if not math.isfinite(after):
-                    raise RnnzooError(
-                        f"The outputs of the student's layer {number} are not finite on the calibration text; leave "
-                        "the calibrate stage out, or choose another student."
-                    )
-                found.append({"layer": number, "before": before, "after": after, "values": layer.values_refitted})
-            for stream in students:
-                stream.advance(ours)
-            report(number + 1, len(student.model.layers))
-    return found
+    output = ours.mixer.output_projection()
+    if output is None:
+        return None
+    layer = Layer(theirs, ours, output, how, weights)
+    layer.teach(teachers)
+    before, after = layer.fit(students)
+    return {"before": before, "after": after, "values": layer.values_refitted}
 
 
 class Layer:
@@ -156,7 +134,7 @@ class Layer:
     def teach(self, streams: list[Stream]) -> None:
         """Moves the teacher's streams on, keeps what its attention said, and sets our decay."""
         mixer = self.theirs.mixer
-        distances = Distances(mixer) if "decay" in self.how.parts and has_decay(type(self.ours.mixer)) else None
+        distances = Distances(mixer) if "decay" in self.how.parts and self.ours.mixer.has_decay() else None
         for stream in streams:
             hidden = stream.hidden
             with caught(mixer) as layer, caught(mixer.proj.o_proj) as projection:
@@ -245,15 +223,6 @@ class Layer:
             for half, part in enumerate(torch.arange(len(y), device=y.device).chunk(2 if len(streams) == 1 else 1)):
                 halves[(i + half) % 2].add(y[part], wanted[part], None if weight is None else weight[part])
         return halves, dots
-
-
-def output_projection(mixer: Mixer) -> nn.Linear | None:
-    """The linear layer that writes a mixer's output into the residual stream; None: it has none that we know."""
-    return mixer.output_projection()
-
-
-def has_decay(mixer: type[Mixer]) -> bool:
-    return mixer.has_decay()
 
 
 @dataclasses.dataclass

@@ -6,12 +6,14 @@ teacher's attention made of the teacher's: `layer_targets.py` says what is compa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ...kernels.errors import RnnzooError
 from ...zoo.core.configuration import RecurrentConfig
@@ -19,10 +21,11 @@ from ...zoo.core.heads import RecurrentForCausalLM
 from ...zoo.core.registry import ATTENTION_TYPES
 from ...zoo.core.sizes import causal_lm_class
 from ..context import Part, StageContext
+from ..layers import open_layers
 from ..recipes import Recipe
 from ..teachers import TeacherRef
 from .base import Cost, Stage, TrainedStage
-from .layer_targets import LOSSES, check_target, mixer_inputs, seen_layers, what_it_does
+from .layer_targets import LOSSES, check_target, mixer_inputs, seen_alone, seen_layers, what_it_does
 from .parameters import anything_new, decay_names, parts_of
 from .training import StageTrainer, train
 
@@ -116,8 +119,29 @@ class Align(TrainedStage):
 
     def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
         """Trains what is new in the converted mixers, or all of these."""
-        trained = aligned_parameters(self, student)
-        return student, train(context, AlignLayers, student, self, part, trained, twin=context.twin)
+        rows = context.training().rows(part.rows.start, len(part.rows))
+        layers = open_layers(context, student, part)
+        for group in layers.groups(rows):
+            group.report = train(
+                context,
+                AlignLayers,
+                group.ours,
+                self,
+                part,
+                aligned_parameters(self, group.ours),
+                data=group.rows,
+                twin=group.theirs,
+                folder=group.folder,
+                place=(group.number, group.count),
+            )
+            if not math.isfinite(group.report.get("loss_last", 0.0)):
+                raise RnnzooError(f"The loss of the stage {self.name} is no longer a number; give it lower rates.")
+        reports = [report for report in layers.reports() if report]
+        if not reports:  # the main process has them
+            return layers.student, {}
+        tokens, seconds = ([report.get(name, 0) for report in reports] for name in ("tokens", "seconds"))
+        means = {name: sum(report[name] for report in reports) / len(reports) for name in ("loss_first", "loss_last")}
+        return layers.student, {"tokens": max(tokens), "seconds": round(sum(seconds), 1)} | means
 
 
 def aligned_parameters(stage: Align, student: RecurrentForCausalLM) -> Callable[[str], bool]:
@@ -139,26 +163,43 @@ def aligned_parameters(stage: Align, student: RecurrentForCausalLM) -> Callable[
 
 
 class AlignLayers(StageTrainer):
-    """Layers by themselves, all at once or one after the other."""
+    """Layers by themselves, all at once or one after the other; or one layer alone, its teacher's inputs given.
 
-    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None) -> Tensor:
+    Each layer has a loss, gradients and a limit of these of its own, so that it learns the same whichever layers learn
+    beside it: the loss is their sum, and what is reported of it a mean.
+    """
+
+    def loss(self, model: nn.Module, ids: Tensor, seq_ids: Tensor | None, hidden: Tensor | None = None) -> Tensor:
+        """The sum over the layers at work; hidden (B, T, D): before the one layer that `model` has."""
         stage, student = cast("Align", self.stage), cast("RecurrentForCausalLM", model)
         layers = self._at_work()
-        seen = seen_layers(self.twin, ids, seq_ids, layers, stage.target)
+        ctx = student.model.make_context(*ids.shape, ids.device, seq_ids=seq_ids)
+        if hidden is None:
+            seen = seen_layers(self.twin, ids, seq_ids, layers, stage.target)
+        else:
+            seen = {i: seen_alone(_blocks(self.twin)[i], hidden, ctx, stage.target) for i in layers}
         given = {i: hidden for i, (hidden, _) in seen.items()}
         if stage.inputs == "student":
             given = mixer_inputs(student, ids, seq_ids, layers)
-        ctx = student.model.make_context(*ids.shape, ids.device, seq_ids=seq_ids)
         losses = []
         for i in layers:
-            said = what_it_does(student.model.layers[i].mixer, given[i], ctx, stage.target)
+            said = what_it_does(_blocks(student)[i].mixer, given[i], ctx, stage.target)
             losses.append(LOSSES[stage.loss](said, seen[i][1]))
-        return stage.weight * torch.stack(losses).mean()
+        return stage.weight * torch.stack(losses).sum()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().training_step(*args, **kwargs) / len(self._at_work())
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Layer by layer; returns the norm of all gradients together, before."""
+        limit, blocks = self.args.max_grad_norm, _blocks(self.model)
+        norms = [nn.utils.clip_grad_norm_(blocks[i].mixer.parameters(), limit) for i in self._at_work()]
+        whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        return torch.linalg.vector_norm(torch.stack(whole))
 
     def _trained(self) -> list[int]:
         """Layers whose mixers this stage trains."""
-        blocks = cast("RecurrentForCausalLM", self.model).model.layers
-        return [i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.mixer.parameters())]
+        return [i for i, block in _blocks(self.model).items() if any(p.requires_grad for p in block.mixer.parameters())]
 
     def _at_work(self) -> list[int]:
         """Layers that learn in the step under way."""
@@ -177,3 +218,8 @@ class AlignLayers(StageTrainer):
         layer = step * count // steps
         begin, end = (-(-number * steps // count) for number in (layer, layer + 1))
         return begin, max(end, step + 1)
+
+
+def _blocks(model: Any) -> dict[int, Any]:
+    """The layers that a model has, by number."""
+    return {int(name): block for name, block in model.model.layers.named_children()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +17,16 @@ from ...zoo.core.registry import ATTENTION_TYPES, mixer_class
 from ..context import Part, StageContext
 from ..data import PackedTokens
 from ..evaluation.scoring import token_log_probs
-from ..fit.closed_form import ClosedForm, fit_layers
-from ..fit.features import fit_features
-from ..fit.observe import token_weights
+from ..fit.closed_form import ClosedForm, Stream, fit_layer
+from ..fit.observe import sample_rows, token_weights
+from ..layers import Layers, open_layers
 from ..precision import mixed_precision
 from ..recipes import Recipe
 from ..student import budget_of
 from ..teachers import TeacherRef
 from .base import Cost, Stage
 
-__all__ = ["Calibrate"]
+__all__ = ["Calibrate", "fit_layers", "loss_behind"]
 
 PARTS = ("windows", "features", "decay", "values", "scale", "output")
 WINDOW_PARTS = ("windows", "features")
@@ -146,11 +147,26 @@ class Calibrate(Stage):
         record: dict[str, Any] = {"parts": parts}
         if "windows" in parts:
             student, record["allocation"] = self._with_state(context, student, part)
-        if "features" in parts:
-            fit_features(student, context.twin, data, context.seed, part.fresh)
-        if left := [name for name in parts if name not in WINDOW_PARTS]:
-            record |= fit_if_better(context, self, left, student.eval(), data, part)
-        return student, {"tokens": data.num_tokens, "seconds": round(time.monotonic() - started, 1)} | record
+        layers = open_layers(context, student, part)
+        how = ClosedForm([name for name in parts if name not in WINDOW_PARTS], self.ridge, self.correct, self.weighting)
+        # What layers gain one by one need not be a gain for the model: of three rows or more the last judges that.
+        fitted = judge = data
+        if len(data) >= 3:
+            fitted, judge = data.rows(0, len(data) - 1), data.rows(len(data) - 1, 1)
+        losses = fit_layers(
+            layers,
+            fitted,
+            how,
+            judge=judge,
+            features=context.seed if "features" in parts else None,
+            only=part.fresh,
+            weights=gradient_weights(context, fitted, part) if how.parts and self.weighting == "gradient" else None,
+            bf16=context.bf16,
+            report=lambda done, total: context.progress(part.name, done, total, {}),
+        )
+        if losses is not None:
+            record |= judged(layers, losses, parts)
+        return layers.student, {"tokens": data.num_tokens, "seconds": round(time.monotonic() - started, 1)} | record
 
     def _with_state(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
         """The student with its budget divided among its layers, all that is trained as it was, and a record of it.
@@ -171,50 +187,106 @@ class Calibrate(Stage):
         return budget.spend(context.twin, types, context.calibration(), context.seed, *others, progress=report)
 
 
-def fit_if_better(
-    context: StageContext, stage: Calibrate, parts: list[str], student: Any, data: PackedTokens, part: Part
-) -> dict[str, Any]:
-    """Fits layers in closed form, and takes that back where it makes the student's loss on calibration text larger.
-
-    What layers gain one by one need not be a gain for the model. Of three rows or more the last is for this judgement
-    alone.
+def judged(layers: Layers, losses: tuple[float, float], parts: list[str]) -> dict[str, Any]:
+    """Takes fits back where they have made the student's loss larger.
 
     Returns:
-        Mean errors of the layers and losses per token, before and after, whether the fit was `kept` and, where values
-        were to be refitted, in how many layers they are.
+        Mean errors of the layers and the losses, before and after, whether the fits were kept and, where values were
+        to be refitted, in how many layers they are.
     """
-    fitted, judged = data, data
-    if len(data) >= 3:
-        fitted, judged = data.rows(0, len(data) - 1), data.rows(len(data) - 1, 1)
-    mixers = {name: tensor.clone() for name, tensor in student.state_dict().items() if ".mixer." in name}
-    losses = [loss_on(student, judged, context.bf16)]
-    weights = gradient_weights(context, fitted, part) if stage.weighting == "gradient" else None
-    how = ClosedForm(parts, stage.ridge, stage.correct, stage.weighting)
-    report = lambda done, total: context.progress(part.name, done, total, {})  # noqa: E731
-    layers = fit_layers(student, context.twin, fitted, how, part.fresh, weights, context.bf16, report)
-    losses.append(loss_on(student, judged, context.bf16))
-    kept = losses[1] <= losses[0]
-    if not kept:
-        student.load_state_dict(mixers, strict=False)
-    errors = [sum(layer[name] for layer in layers) / max(1, len(layers)) for name in ("before", "after")]
-    found = [value if math.isfinite(value) else None for value in errors + losses]
+    reports = layers.reports()
+    if not (kept := losses[1] <= losses[0]):
+        layers.take_back()
+    errors = [sum(layer[name] for layer in reports) / max(1, len(reports)) for name in ("before", "after")]
+    found = [value if math.isfinite(value) else None for value in (*errors, *losses)]
     names = ("error_before", "error_after", "loss_before", "loss_after")
     record = dict(zip(names, found, strict=True)) | {"fits_kept": kept}
-    return record | ({"values_refitted": sum(layer["values"] for layer in layers)} if "values" in parts else {})
+    return record | ({"values_refitted": sum(layer["values"] for layer in reports)} if "values" in parts else {})
 
 
 @torch.no_grad()
-def loss_on(student: Any, data: PackedTokens, bf16: bool) -> float:
-    """Mean cross-entropy per token, in nats; infinite where it is not a number."""
-    device = student.model.embed_tokens.weight.device
+def fit_layers(
+    layers: Layers,
+    data: PackedTokens,
+    how: ClosedForm,
+    *,
+    judge: PackedTokens | None = None,
+    features: int | None = None,
+    only: Container[int] | None = None,
+    weights: torch.Tensor | None = None,
+    bf16: bool = False,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[float, float] | None:
+    """Fits the converted layers in closed form, one after the other, each on what those before it really give.
+
+    Args:
+        data: rows of text. judge: rows on which the student's loss is measured.
+        features: a seed, where features are fitted too, to the first row as one document.
+        only: layers to fit; None: all that are converted.
+        weights: (layers, N, T), of the tokens in each layer's least squares; None: all alike.
+        bf16: run the layers in bfloat16 where autocast does; sums are float64 in any case.
+    Returns:
+        The losses on `judge`, with all but the closed forms of `how`, and with these; None without either. Layers
+        report their errors, see `fit_layer`.
+    Raises:
+        RnnzooError: a layer's outputs are not finite.
+    """
+    fitted, judging = ([rows[i] for i in range(len(rows))] if rows and how.parts else [] for rows in (data, judge))
+    first = data[0]
+    whole = [] if features is None else [first | {"seq_ids": torch.zeros_like(first["seq_ids"])}]
+    streams = layers.streams(
+        {"theirs": (True, fitted), "ours": (False, fitted), "unfitted": (False, judging), "judged": (False, judging)}
+        | {"whole": (True, whole)}
+    )
+    for number in range(layers.first, layers.count):
+        chosen = layers.converted(number) and (only is None or number in only)
+        found = None
+        with layers.pair(number) as (theirs, ours):
+            for stream in streams["whole"]:
+                if chosen and features is not None:
+                    q, k, _ = (x[0].float() for x in theirs.mixer.proj.split(theirs.input_layernorm(stream.hidden)))
+                    ours.mixer.fit_features(q, k, stream.ctx, sample_rows(len(q), features), features)
+                stream.advance(theirs)
+            if chosen and judging:
+                layers.set_aside(number, ours)
+            with mixed_precision(layers.device, bf16):
+                for stream in streams["unfitted"]:
+                    stream.advance(ours)
+                if chosen and how.parts:
+                    of_layer = None if weights is None else weights[number]
+                    found = fit_layer(theirs, ours, how, streams["theirs"], streams["ours"], of_layer)
+                for stream in [*streams["ours"], *streams["judged"]]:
+                    stream.advance(ours)
+                for stream in streams["theirs"] if found is None else ():
+                    stream.advance(theirs)
+            if found is not None and not math.isfinite(found["after"]):
+                raise RnnzooError(
+                    f"The outputs of the student's layer {number} are not finite on the calibration text; leave the "
+                    "calibrate stage out, or choose another student."
+                )
+            layers.keep(number, ours, None if found is None else {"layer": number} | found, streams)
+        report(number + 1, layers.count)
+    if not judging:
+        return None
+    with layers.head() as model:
+        before, after = (loss_behind(model, streams[name], judging, bf16) for name in ("unfitted", "judged"))
+    return before, after
+
+
+@torch.no_grad()
+def loss_behind(model: Any, streams: list[Stream], rows: Sequence[dict[str, torch.Tensor]], bf16: bool) -> float:
+    """Mean cross-entropy per token of rows, in nats, behind the last layer; infinite where it is not a number.
+
+    Args:
+        model: of which final norm and head are used.
+    """
     total, count = 0.0, 0
-    with mixed_precision(device, bf16):
-        for i in range(len(data)):
-            ids, seq_ids = (data[i][name].to(device) for name in ("input_ids", "seq_ids"))
-            documents = None if bool((seq_ids == seq_ids[0]).all()) else seq_ids[None]
-            hidden = student.model(ids[None], seq_ids=documents, use_cache=False).last_hidden_state[0]
+    with mixed_precision(streams[0].hidden.device, bf16):
+        for stream, row in zip(streams, rows, strict=True):
+            hidden = model.model.norm(stream.hidden)[0]
+            ids, seq_ids = (row[name].to(hidden.device) for name in ("input_ids", "seq_ids"))
             within = seq_ids[1:] == seq_ids[:-1]
-            total -= float(token_log_probs(student, hidden[:-1][within], ids[1:][within]).double().sum())
+            total -= float(token_log_probs(model, hidden[:-1][within], ids[1:][within]).double().sum())
             count += int(within.sum())
     loss = total / max(1, count)
     return loss if math.isfinite(loss) else math.inf

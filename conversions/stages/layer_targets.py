@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ...kernels.errors import RnnzooError
 from ...zoo.core.mixer import Mixer
 from ...zoo.core.registry import mixer_class
-from ..fit.closed_form import output_projection
 from ..sharding import gathers
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from ...zoo.core.heads import RecurrentForCausalLM
     from ...zoo.core.mixer import Context
 
-__all__ = ["LOSSES", "check_target", "mixer_inputs", "seen_layers", "what_it_does"]
+__all__ = ["LOSSES", "check_target", "mixer_inputs", "seen_alone", "seen_layers", "what_it_does"]
 
 
 def _relative(said: Tensor, wanted: Tensor) -> Tensor:
@@ -59,9 +58,9 @@ def what_it_does(mixer: Any, hidden: Tensor, ctx: Context, target: str) -> Tenso
 
 
 @contextlib.contextmanager
-def _heads_of(mixer: nn.Module) -> Iterator[list[Tensor]]:
+def _heads_of(mixer: Any) -> Iterator[list[Tensor]]:
     """What the output projection is given within the block."""
-    projection = output_projection(mixer)
+    projection = mixer.output_projection()
     assert projection is not None
     seen: list[Tensor] = []
     hook = projection.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -69,6 +68,13 @@ def _heads_of(mixer: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         hook.remove()
+
+
+@torch.no_grad()
+def seen_alone(block: Any, hidden: Tensor, ctx: Context, target: str) -> tuple[Tensor, Tensor]:
+    """As `seen_layers` has it, of a teacher's layer by itself, before which the hidden states (B, T, D) are."""
+    given = block.input_layernorm(hidden)
+    return given, what_it_does(block.mixer, given, ctx, target)
 
 
 class _Enough(Exception):
@@ -138,7 +144,7 @@ def check_target(target: str, student: str, config: RecurrentConfig) -> None:
             )
         return
     with torch.device("meta"):
-        projection = output_projection(cls(config, config.layer_types.index(student)))
+        projection = cls(config, config.layer_types.index(student)).output_projection()
     width = config.num_attention_heads * config.head_dim
     if projection is None or projection.in_features != width:
         said = "no output projection" if projection is None else f"heads of {projection.in_features} channels in all"

@@ -26,7 +26,7 @@ def parts_of(student: Any) -> dict[str, str]:
     filled: dict[Any, frozenset[str]] = {}
     for kind, number, names in _by_mixer(student):
         layer = kind, frozenset(names)  # layers of a kind with the same parameters are filled alike
-        if kind not in ATTENTION_TYPES and layer not in filled:
+        if names and kind not in ATTENTION_TYPES and layer not in filled:
             filled[layer] = mixer_class(kind).filled_from_attention(student.config, number)
         for own, name in names.items():
             if kind in ATTENTION_TYPES:

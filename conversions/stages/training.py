@@ -210,27 +210,34 @@ def train(
     *,
     data: Any = None,
     twin: Any = None,
+    folder: Path | None = None,
+    place: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Trains the student of a conversion in place; see `train_stage`.
 
     Args:
         data: rows; None: those of `part`, of the training text. twin: the teacher, if the loss asks one.
+        folder: for checkpoints and metrics, if not the stage's. place: number of this training among all of the stage.
     """
     if data is None:
         data = context.training().rows(part.rows.start, len(part.rows))
     context.release_model()
+
+    def progress(done: int, total: int, info: dict[str, Any]) -> None:
+        context.progress(part.name, place[0] * total + done, place[1] * total, info)
+
     return train_stage(
         trainer_class,
         student,
         twin,
         stage,
         data,
-        context.folder / part.name,
+        folder or context.folder / part.name,
         trains=trains,
         batch_tokens=context.recipe.batch_tokens,
         bf16=context.bf16,
         seed=context.seed,
-        progress=lambda done, total, info: context.progress(part.name, done, total, info),
+        progress=progress,
         checkpointing=context.checkpointing,
     )
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from rnnzoo.conversions.data import PackedTokens, TextHashes
-from rnnzoo.conversions.fit.features import fit_features
+from rnnzoo.conversions.fit.closed_form import ClosedForm
 from rnnzoo.conversions.fit.observe import observe
+from rnnzoo.conversions.layers import InMemoryLayers
 from rnnzoo.conversions.recipes import Recipe
+from rnnzoo.conversions.stages.calibrate import fit_layers
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 
@@ -83,7 +85,7 @@ def test_fitted_features_are_better_than_none(teacher):
     twin = attention_twin(*teacher, torch.float32)
     options = {"window_size": 4, "num_sinks": 1}
     fitted, without = student_of(teacher, **options), student_of(teacher, **options, feature_width=0)
-    fit_features(fitted, twin, rows_of(ids), seed=0)
+    fit_layers(InMemoryLayers(twin, fitted), rows_of(ids), ClosedForm(()), features=0)
     for row in ids:
         for ours, none in zip(error_of(fitted, twin, row), error_of(without, twin, row), strict=True):
             assert ours < 0.9 * none
@@ -94,7 +96,7 @@ def test_fitted_features_are_better_than_none(teacher):
 def test_only_the_layers_asked_for_are_fitted(teacher):
     twin, data = attention_twin(*teacher, torch.float32), some_rows(1)
     before, after = student_of(teacher, window_size=4), student_of(teacher, window_size=4)
-    fit_features(after, twin, data, 0, only=[1])
+    fit_layers(InMemoryLayers(twin, after), data, ClosedForm(()), features=0, only=[1])
     one, two = (layers[0].mixer.state_dict() for layers in (before.model.layers, after.model.layers))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(before.model.layers[1].mixer.key_map, after.model.layers[1].mixer.key_map)
@@ -104,11 +106,13 @@ def test_only_the_layers_asked_for_are_fitted(teacher):
 def test_layers_with_nothing_to_fit_stay_as_they_are(teacher, options):
     student = student_of(teacher, **options)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    fit_features(student, attention_twin(*teacher, torch.float32), some_rows(1), 0)
+    layers = InMemoryLayers(attention_twin(*teacher, torch.float32), student)
+    fit_layers(layers, some_rows(1), ClosedForm(()), features=0)
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
 
 
 def test_kept_layers_are_passed_over(teacher):
     student = student_of(teacher, keep=[0], window_size=4)
-    fit_features(student, attention_twin(*teacher, torch.float32), some_rows(1), 0)
+    layers = InMemoryLayers(attention_twin(*teacher, torch.float32), student)
+    fit_layers(layers, some_rows(1), ClosedForm(()), features=0)
     assert student.config.layer_types == ["full_attention", "hedgehog"]

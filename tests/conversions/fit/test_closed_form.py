@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from rnnzoo.conversions.data import PackedTokens, TextHashes
-from rnnzoo.conversions.fit.closed_form import ClosedForm, fit_layers, output_projection
+from rnnzoo.conversions.fit.closed_form import ClosedForm
 from rnnzoo.conversions.fit.distances import Distances
 from rnnzoo.conversions.fit.observe import observe, token_weights
+from rnnzoo.conversions.layers import InMemoryLayers
 from rnnzoo.conversions.recipes import Recipe
+from rnnzoo.conversions.stages.calibrate import fit_layers
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.zoo.core.mixer import Mixer
@@ -55,6 +57,13 @@ def models(teacher, name: str, keep=(), dtype=torch.float64):
     return student, attention_twin(ref, model, torch.float32).to(dtype)
 
 
+def fitted(student, twin, data, how, **settings) -> list[dict]:
+    """What the layers report of their fit, the student being changed in place."""
+    layers = InMemoryLayers(twin, student)
+    fit_layers(layers, data, how, **settings)
+    return layers.reports()
+
+
 @torch.no_grad()
 def seen_by(model, ids):
     """Of each layer: the stream before it, what its last linear layer is given and the mixer's output, (T, ...)."""
@@ -69,7 +78,7 @@ def seen_by(model, ids):
             return hook
 
         hooks.append(block.register_forward_hook(keep("stream")))
-        hooks.append(output_projection(block.mixer).register_forward_hook(keep("given")))
+        hooks.append(block.mixer.output_projection().register_forward_hook(keep("given")))
         hooks.append(block.mixer.register_forward_hook(keep("output")))
     model.model(ids[None], use_cache=False)
     for hook in hooks:
@@ -94,11 +103,11 @@ def dense(y, wanted, old, ridge, weights=None):
 def test_every_layer_is_the_dense_solution_on_the_students_own_inputs(teacher, name, weighting):
     """Inputs and streams are those of the finished student: a layer has seen the refit of those before it."""
     student, twin = models(teacher, name)
-    old = [output_projection(block.mixer).weight.clone() for block in student.model.layers]
-    old_bias = [output_projection(block.mixer).bias for block in student.model.layers]
+    old = [block.mixer.output_projection().weight.clone() for block in student.model.layers]
+    old_bias = [block.mixer.output_projection().bias for block in student.model.layers]
     old_bias = [None if bias is None else bias.detach().clone() for bias in old_bias]
     data = some_rows()
-    fit_layers(student, twin, data, ClosedForm(("output",), 0.05, 0.5, weighting))
+    fitted(student, twin, data, ClosedForm(("output",), 0.05, 0.5, weighting))
     ours, theirs = ([seen_by(model, data[i]["input_ids"]) for i in range(len(data))] for model in (student, twin))
     for layer, block in enumerate(student.model.layers):
         y = rows(ours, layer, "given")
@@ -116,7 +125,7 @@ def test_every_layer_is_the_dense_solution_on_the_students_own_inputs(teacher, n
         if bias is not None:
             y, before = torch.nn.functional.pad(y, (0, 1), value=1.0), torch.cat([before, bias[:, None]], 1)
         expected = dense(y, wanted, before, 0.05, weights)
-        linear = output_projection(block.mixer)
+        linear = block.mixer.output_projection()
         torch.testing.assert_close(linear.weight, expected[:, : y.shape[1] - (bias is not None)], rtol=1e-4, atol=1e-5)
         if bias is not None:
             torch.testing.assert_close(linear.bias, expected[:, -1], rtol=1e-4, atol=1e-5)
@@ -128,7 +137,7 @@ def test_the_scale_of_a_head_is_its_own_least_squares(llama, name):
     student, twin = models(llama, name)
     old = [block.mixer.proj.o_proj.weight.clone() for block in student.model.layers]
     data = some_rows()
-    fit_layers(student, twin, data, ClosedForm(("scale",), correct=0.0, weighting="none"))
+    fitted(student, twin, data, ClosedForm(("scale",), correct=0.0, weighting="none"))
     ours, theirs = ([seen_by(model, data[i]["input_ids"]) for i in range(len(data))] for model in (student, twin))
     taken = 0
     for layer, block in enumerate(student.model.layers):
@@ -147,7 +156,7 @@ def test_decays_come_from_how_far_the_teachers_heads_look(llama):
     """ln 2 over the mean distance, by the dense matrix of weights; the first four tokens do not count."""
     student, twin = models(llama, "gated_delta_net")
     ids = some_rows(1)[0]["input_ids"]
-    fit_layers(student, twin, rows_of(ids[None]), ClosedForm(("decay",)))
+    fitted(student, twin, rows_of(ids[None]), ClosedForm(("decay",)))
     for layer, block in zip(observe(twin, ids, False, 0), student.model.layers, strict=True):
         k = layer.turned_k.repeat_interleave(3, 1)
         scores = torch.einsum("thd,shd->hts", layer.turned_q, k) * 8**-0.5
@@ -179,13 +188,13 @@ def test_no_student_gets_worse_on_the_calibration_text(llama, name):
     """The error of a layer's refit, which `fit_layers` reports, and the distance of the last hidden states."""
     student, twin = models(llama, name, dtype=torch.float32)
     data, parts = some_rows(), ("decay", "scale", "output")
-    found = fit_layers(student, twin, data, ClosedForm(parts))
+    found = fitted(student, twin, data, ClosedForm(parts))
     assert [layer["layer"] for layer in found] == [0, 1, 2]
     for layer in found:
         assert layer["after"] <= layer["before"] + 1e-9 and layer["after"] < 1.5
     assert all(bool(p.isfinite().all()) for p in student.parameters())
     again, _ = models(llama, name, dtype=torch.float32)
-    fit_layers(again, twin, data, ClosedForm(parts))
+    fitted(again, twin, data, ClosedForm(parts))
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
 
 
@@ -201,14 +210,14 @@ def test_the_refitted_student_is_nearer_to_the_teacher(llama, name):
         return float((p.exp() * (p - q)).sum(-1).mean())
 
     before = divergence()
-    fit_layers(student, twin, data, ClosedForm(("decay", "scale", "output"), 0.03))
+    fitted(student, twin, data, ClosedForm(("decay", "scale", "output"), 0.03))
     assert divergence() < 0.9 * before
 
 
 def test_only_the_layers_asked_for_change_and_kept_ones_are_passed_over(llama):
     student, twin = models(llama, "gla", keep=[0])
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    found = fit_layers(student, twin, some_rows(), ClosedForm(), only=[0, 2])
+    found = fitted(student, twin, some_rows(), ClosedForm(), only=[0, 2])
     assert [layer["layer"] for layer in found] == [2]
     changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {"model.layers.2.mixer.proj.o_proj.weight", "model.layers.2.mixer.forget_up.bias"}
@@ -230,7 +239,7 @@ def test_weights_of_tokens_enter_the_fit(llama):
     (one, twin), (two, _) = models(llama, "gla"), models(llama, "gla")
     weights = torch.ones(3, 2, 48)
     weights[:, 1] = 0
-    fit_layers(one, twin, data, how, weights=weights)
-    fit_layers(two, twin, data.rows(0, 1), how)
+    fitted(one, twin, data, how, weights=weights)
+    fitted(two, twin, data.rows(0, 1), how)
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)

@@ -7,10 +7,12 @@ import torch
 
 from rnnzoo.conversions.data import PackedTokens, TextHashes
 from rnnzoo.conversions.fit import state_errors
-from rnnzoo.conversions.fit.features import fit_features
+from rnnzoo.conversions.fit.closed_form import ClosedForm
 from rnnzoo.conversions.fit.observe import observe
 from rnnzoo.conversions.fit.state_errors import measure_states
+from rnnzoo.conversions.layers import InMemoryLayers
 from rnnzoo.conversions.recipes import Recipe
+from rnnzoo.conversions.stages.calibrate import fit_layers
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.zoo.core.registry import mixer_class
@@ -89,7 +91,7 @@ def test_errors_beside_a_linear_state_are_those_of_the_layer_itself(teacher, row
                 recipe = Recipe("test", "hedgehog", [], student_options=options)
                 config = student_config(ref, recipe, layer_types(ref, recipe, []))
                 student = build_student(ref, model, config, "hedgehog", torch.float32, 0).eval()
-                fit_features(student, twin, data, 5)
+                fit_layers(InMemoryLayers(twin, student), data, ClosedForm(()), features=5)
                 ctx = student.model.make_context(1, 32, row.device)
                 for i, (block, (given, wanted)) in enumerate(zip(student.model.layers, seen, strict=True)):
                     with torch.no_grad():

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from rnnzoo.conversions.context import Part
-from rnnzoo.conversions.fit.closed_form import ClosedForm, Layer, Stream, fit_layers, output_projection
+from rnnzoo.conversions.fit.closed_form import ClosedForm, Layer, Stream
 from rnnzoo.conversions.fit.linear_layers import with_bias
 from rnnzoo.conversions.fit.values import Values
-from rnnzoo.conversions.stages.calibrate import Calibrate
+from rnnzoo.conversions.layers import InMemoryLayers
+from rnnzoo.conversions.stages.calibrate import Calibrate, fit_layers
 from rnnzoo.conversions.teachers import resolve_teacher
 
 from ..stages.test_calibrate_parts import job_of
@@ -32,7 +33,7 @@ def layer_of(student, twin, data, number: int = 0, **how) -> tuple[Layer, list[S
     """A layer that its teacher has taught, and the student's streams before it."""
     theirs, ours = ([Stream.of(model, data[i]) for i in range(len(data))] for model in (twin, student))
     blocks = twin.model.layers[number], student.model.layers[number]
-    layer = Layer(*blocks, output_projection(blocks[1].mixer), ClosedForm(("values",), **how), None)
+    layer = Layer(*blocks, blocks[1].mixer.output_projection(), ClosedForm(("values",), **how), None)
     for streams, model in ((theirs, twin), (ours, student)):
         for stream in streams:
             for block in model.model.layers[:number]:
@@ -88,11 +89,11 @@ def test_values_are_the_dense_solution(teacher, name, weighting):
 @torch.no_grad()
 def test_mixers_that_are_not_linear_in_their_values_keep_them(teacher, name):
     student, twin = models(teacher, name, dtype=torch.float32)
-    if (output := output_projection(student.model.layers[0].mixer)) is not None:
+    if (output := student.model.layers[0].mixer.output_projection()) is not None:
         stream = Stream.of(student, some_rows()[0])
         assert Values.of(student.model.layers[0], output, HEADS, stream) is None
     before = {key: tensor.clone() for key, tensor in student.state_dict().items()}
-    fit_layers(student, twin, some_rows(), ClosedForm(("values",)))
+    fit_layers(InMemoryLayers(twin, student), some_rows(), ClosedForm(("values",)))
     assert all(torch.equal(before[key], tensor) for key, tensor in student.state_dict().items())
 
 

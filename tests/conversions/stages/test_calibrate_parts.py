@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ import yaml
 from rnnzoo.conversions.context import Part
 from rnnzoo.conversions.convert import convert
 from rnnzoo.conversions.data import PackedTokens, TextHashes
+from rnnzoo.conversions.fit.closed_form import Stream
 from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.recipes.load import load_recipe
 from rnnzoo.conversions.recipes.prepare import prepare_recipe
 from rnnzoo.conversions.stages import calibrate
-from rnnzoo.conversions.stages.calibrate import Calibrate, loss_on
+from rnnzoo.conversions.stages.calibrate import Calibrate, loss_behind
 from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
@@ -40,6 +42,7 @@ def job_of(teacher, student: str, stage: Calibrate, rows: int = 4):
     job = types.SimpleNamespace(
         recipe=recipe,
         twin=attention_twin(teacher, model, torch.float32),
+        folder=Path(),
         bf16=False,
         seed=0,
         calibration=lambda: data,
@@ -67,16 +70,15 @@ def test_only_fresh_layers_change_and_the_record_says_what_it_brought(teacher, s
 def test_a_fit_that_does_harm_is_taken_back(teacher, monkeypatch):
     job, model = job_of(teacher, "gla", stage := Calibrate("fit"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    seen, fit = {}, calibrate.fit_layers
+    seen, fit = {}, calibrate.fit_layer
 
-    def harm(student, twin, data, *args):
-        seen["rows"] = len(data)
-        found = fit(student, twin, data, *args)
-        for block in student.model.layers:
-            block.mixer.proj.o_proj.weight.data.mul_(-30)
+    def harm(theirs, ours, how, teachers, students, weights):
+        seen["rows"] = len(students)
+        found = fit(theirs, ours, how, teachers, students, weights)
+        ours.mixer.proj.o_proj.weight.data.mul_(-30)
         return found
 
-    monkeypatch.setattr(calibrate, "fit_layers", harm)
+    monkeypatch.setattr(calibrate, "fit_layer", harm)
     after, report = stage.run(job, model, Part("fit", range(0), [0, 1, 2, 3]))
     assert report["fits_kept"] is False and report["loss_after"] > report["loss_before"]
     assert seen["rows"] == 3  # the last row is for the judgement
@@ -91,7 +93,10 @@ def test_the_loss_is_that_of_the_model_within_documents(teacher):
     data = PackedTokens(ids, documents, "test", TextHashes("test"))
     parts = [model.eval()(part, labels=part, use_cache=False).loss for part in (ids[:, :25], ids[:, 25:])]
     expected = float((parts[0] * 24 + parts[1] * 14) / 38)
-    assert loss_on(model, data, False) == pytest.approx(expected, rel=1e-5)
+    stream = Stream.of(model, data[0])
+    for block in model.model.layers:
+        stream.advance(block)
+    assert loss_behind(model, [stream], [data[0]], False) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("student", ["gla", "retnet", "rwkv7"])

@@ -7,9 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rnnzoo.conversions.data import PackedTokens, TextHashes
-from rnnzoo.conversions.fit.closed_form import ClosedForm, fit_layers
+from rnnzoo.conversions.fit.closed_form import ClosedForm
+from rnnzoo.conversions.layers import InMemoryLayers
 from rnnzoo.conversions.precision import mixed_precision
-from rnnzoo.conversions.stages.calibrate import loss_on
+from rnnzoo.conversions.stages.calibrate import fit_layers
 from rnnzoo.conversions.student import attention_twin
 from rnnzoo.conversions.teachers import resolve_teacher
 
@@ -58,10 +59,9 @@ def test_every_closed_form_ends_at_the_same_fit_in_both_precisions(trained, name
     data = PackedTokens(ids, torch.zeros_like(ids), "test", TextHashes("test"))
     losses = []
     for bf16 in (False, True):
-        student = student_of(trained, name).eval()
+        student = student_of(trained, name)
         twin = attention_twin(*trained, torch.bfloat16 if bf16 else torch.float32)
-        fit_layers(student, twin, data, ClosedForm(parts, 0.1), bf16=bf16)
-        losses.append(loss_on(student, data, bf16))
+        losses.append(fit_layers(InMemoryLayers(twin, student), data, ClosedForm(parts, 0.1), judge=data, bf16=bf16))
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 
