@@ -25,7 +25,7 @@ def _layout(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
         return places, periods[owner], owner == torch.arange(len(lengths), device=device)[:, None]
 
 
-def window_step(
+def windowed_attention_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,

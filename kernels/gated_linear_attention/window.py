@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..steps import document_starts, take, valid_first
-from .decode import window_step
+from .decode import windowed_attention_step
 from .linear_part import divide, linear_attention
 from .softmax_part import softmax_part
 from .state import LOWEST_SHIFT, Window, WindowState, final_rings, ring_offsets
@@ -46,7 +46,7 @@ def windowed_attention(
         state.ring_k, state.sink_k = state.ring_k.to(window.k.dtype), state.sink_k.to(window.k.dtype)
         window = replace(window, ring_features=None)
     if time == 1:
-        return window_step(q, k, v, g, scale, window, state, mask)
+        return windowed_attention_step(q, k, v, g, scale, window, state, mask)
 
     valid = torch.full((batch,), time, device=v.device)
     keep = back = None

@@ -1,7 +1,7 @@
 """One token through `gated_linear_attention` with a window, in place: what decoding runs in every layer.
 
 The equations are those of `gated_linear_attention` with `window`. Rings and sinks may be plain tensors or packed into 8
-or 4 bits (`kernels/microscaling.py`); they are read as they are, and only the rows of the new token are written.
+or 4 bits (`kernels/block_floating_point.py`); they are read as they are, and only the new token's rows are written.
 
 B batch, H query heads, Hk key/value heads, F feature width, D key width, V value width, R ring rows.
 """

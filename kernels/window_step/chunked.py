@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..block_floating_point import Packed, pack, quantise
 from ..gated_linear_attention import Window, WindowState, gated_linear_attention, ring_slots
-from ..microscaling import Packed, pack, quantise
 from .state import State
 
 

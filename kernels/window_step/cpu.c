@@ -17,7 +17,7 @@ typedef int8_t vb_any __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint8_t vub_any __attribute__((vector_size(16), aligned(1), may_alias));
 
 /* Rows of `width` numbers. Packed ones: codes, and one exponent for each block of 32 (of the width, if 32 does not divide
- * it); with 4 bits the first half of the row is in the low bits. See kernels/microscaling.py. */
+ * it); with 4 bits the first half of the row is in the low bits. See kernels/block_floating_point.py. */
 typedef struct {
     void *data;
     int8_t *exponents;
@@ -65,7 +65,7 @@ static void read_row(const Rows *rows, i64 at, float *to) {
     for (i64 i = n; i % LANES; i++) to[i] = 0;
 }
 
-/* `from` rounded to what the row can hold; the same numbers as `pack` in kernels/microscaling.py. */
+/* `from` rounded to what the row can hold; the same numbers as `pack` in kernels/block_floating_point.py. */
 static void write_row(const Rows *rows, i64 at, const float *from) {
     i64 n = rows->width;
     if (rows->kind <= BFLOAT16) {

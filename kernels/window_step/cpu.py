@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..microscaling import Packed
+from ..block_floating_point import Packed
 from ..native import function, pointer
 from .state import State
 

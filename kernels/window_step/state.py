@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..microscaling import Packed
+from ..block_floating_point import Packed
 
 __all__ = ["State"]
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rnnzoo.kernels.block_floating_point import pack, quantise
 from rnnzoo.kernels.errors import ShapeError
 from rnnzoo.kernels.gated_linear_attention import Window, WindowState, gated_linear_attention, ring_positions
-from rnnzoo.kernels.microscaling import pack, quantise
 from rnnzoo.kernels.window_step import window_step
 
 sampled = st.sampled_from

@@ -27,7 +27,7 @@ class HedgehogConfig(RecurrentConfig):
             (LoLCATs: 0.1).
         initial_log_decay: of the linear state, per token, at the start (LoLCATs: 0).
         ring_bits: bits, 4 or 8, of the keys and of the values in window and sinks, in blocks that share a power of
-            two (see `kernels/microscaling.py`); None: they keep the type of the activations.
+            two (see `kernels/block_floating_point.py`); None: they keep the type of the activations.
     """
 
     model_type = "rnnzoo-hedgehog"

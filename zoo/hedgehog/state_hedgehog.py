@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...kernels.block_floating_point import Packed, pack
 from ...kernels.gated_linear_attention import WindowState, state_dtype
-from ...kernels.microscaling import Packed, pack
 from ..core.mixer import MixerState
 
 __all__ = ["HedgehogState", "PackedHedgehogState"]

@@ -1,4 +1,4 @@
-"""Numbers of 4 or 8 bits that share a power of two in blocks: what long exact windows are kept in.
+"""Block floating point: numbers of 4 or 8 bits that share a power of two in blocks, for long exact windows.
 
 A block of up to 32 neighbours is kept as integers c, |c| <= 2^(bits-1) - 1, and one exponent p: x = c * 2^p, with the
 smallest p at which the largest of them fits. The layout is that of the MXINT8 format (OCP Microscaling Formats

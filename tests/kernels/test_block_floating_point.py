@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rnnzoo.kernels.microscaling import Packed, pack, quantise
+from rnnzoo.kernels.block_floating_point import Packed, pack, quantise
 
 widths = st.sampled_from([2, 8, 24, 32, 60, 64, 96])
 seeds = st.integers(0, 2**16)
