@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,17 @@ from .linear_layers import set_with_bias, with_bias
 
 if TYPE_CHECKING:
     from ...zoo.core.model import RecurrentBlock
-    from .closed_form import Stream
 
 __all__ = ["Values"]
+
+
+class Stream(Protocol):
+    """What is asked of a row of text on its way through a model, such as `closed_form.Stream`."""
+
+    hidden: Tensor
+
+    def mixed(self, block: RecurrentBlock) -> Tensor: ...
+
 
 ROUNDING = 1e-3  # relative, of float32 outputs; what is not linear in the values is off by far more
 
