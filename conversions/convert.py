@@ -103,6 +103,7 @@ def convert(
         "text_field": text_field,
         "seed": seed,
         "dtype": dtype,
+        "offload": offload,
         **inputs,
     }
     with contextlib.ExitStack() as stack:

@@ -172,7 +172,7 @@ def open_run(out: str | os.PathLike, request: dict[str, Any], restart: bool) -> 
         if out.exists() and not out.is_dir():
             raise RnnzooError(f"{out} is a file; give --out a folder.")
         if (out / EARLIER).is_dir():  # a restart was stopped before its run had begun
-            asked_for = _request(out / FOLDER) != request == _request(out / EARLIER)
+            asked_for = _request(out / FOLDER, request) != request == _request(out / EARLIER, request)
             if restart or asked_for or not state.is_file():
                 _bring_back(out)
         if out.is_dir() and any(out.iterdir()) and not state.is_file():
@@ -181,12 +181,17 @@ def open_run(out: str | os.PathLike, request: dict[str, Any], restart: bool) -> 
                 raise RnnzooError(f"{out} holds something else ({sorted(left)[0]}); choose another or an empty folder.")
         if restart or not state.is_file():
             return _new_run(out, request)
-        stored = json.loads(state.read_text(encoding="utf-8"))
-        before, stages = dict(stored["request"]), list(stored["stages"])
+        before, stages = _stored(out / FOLDER, request)
     except OSError as error:
         raise RnnzooError(f"{out} cannot be used: {error.strerror or error}; choose another folder.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise RnnzooError(f"{state} is damaged; run again with --restart.") from error
+    if before.get("offload", request.get("offload")) != request.get("offload"):
+        how = "with" if before["offload"] else "without"
+        raise RnnzooError(
+            f"{out} holds a run that was begun {how} --offload, and goes on only {how} it; repeat the command so, or "
+            "choose another folder, or discard the run with --restart."
+        )
     if differences := _differences(before, request):
         shown = "; ".join(differences[:4])
         raise RnnzooError(
@@ -222,9 +227,25 @@ def _new_run(out: Path, request: dict[str, Any]) -> Run:
     return run
 
 
-def _request(folder: Path) -> Any:
+def _stored(folder: Path, asked: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The request and the stages of the run in this folder; what requests did not say in earlier versions is filled in.
+
+    Args:
+        asked: the new request.
+    """
+    stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    request, stages = dict(stored["request"]), list(stored["stages"])
+    if request and "offload" in asked and "offload" not in request:
+        # A run with --offload keeps layers in place of a student; one that has kept neither may become either.
+        layers = (folder / "layers").is_dir()
+        kept = layers or bool(stages)
+        request["offload"] = layers or "student" not in stages[0] if kept else asked["offload"]
+    return request, stages
+
+
+def _request(folder: Path, asked: dict[str, Any]) -> Any:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["request"]
+        return _stored(folder, asked)[0]
     return None
 
 

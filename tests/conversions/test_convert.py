@@ -13,9 +13,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import rnnzoo  # noqa: F401  (registers the Auto classes)
-from rnnzoo.conversions import convert as convert_module
 from rnnzoo.conversions import memory
+from rnnzoo.conversions import results as results_module
 from rnnzoo.conversions.convert import convert
+from rnnzoo.conversions.pipeline import Pipeline
 from rnnzoo.conversions.plan import make_plan
 from rnnzoo.conversions.recipes.load import load_recipe
 from rnnzoo.conversions.run_folder import Run
@@ -156,7 +157,7 @@ def test_training_helped(conversions):
 
 def test_the_same_call_again_trains_nothing(conversions, teachers, recipes, data, monkeypatch):
     out, results, _ = conversions[1]["llama", "supra"]
-    monkeypatch.setattr(convert_module.Job, "stages", None)
+    monkeypatch.setattr(Pipeline, "complete", None)
     assert convert(teachers["llama"], recipes["supra"], out, data=data, **SMALL) == results
     assert not list((out / ".rnnzoo").glob("student-*"))  # the model is in OUT; its float32 copy is gone
 
@@ -176,9 +177,9 @@ def test_evaluation_writes_card_and_plots(teachers, recipes, data, tmp_path):
 
 
 def test_a_run_without_any_text_of_its_own_can_be_evaluated(teachers, data, tmp_path, monkeypatch):
-    from rnnzoo.conversions import evaluation
-
-    monkeypatch.setattr(evaluation, "evaluate", lambda folder, **_: json.loads((folder / "results.json").read_text()))
+    monkeypatch.setattr(
+        results_module, "evaluate", lambda folder, **_: json.loads((folder / "results.json").read_text())
+    )
     options = SMALL | {"evaluate": True, "tokens": 0}
     results = convert(teachers["llama"], "supra", tmp_path / "out", data=data, **options)
     assert set(results["conversion"]["data"]) == {"evaluation"} and results["conversion"]["tokens"] == 0

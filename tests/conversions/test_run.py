@@ -298,3 +298,29 @@ def test_a_second_process_is_kept_out_while_the_first_one_works(tmp_path):
     with alone_in(tmp_path / "not yet there"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+STUDENT = {"name": "initialise", "tokens": 0, "kept": [], "student": "student-0"}
+LAYERS = {"name": "initialise", "tokens": 0, "kept": [], "seconds": 0.1}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize(
+    ("stages", "layers", "was"),
+    [([STUDENT], False, False), ([LAYERS], False, True), ([], True, True), ([], False, None)],
+)
+def test_a_run_goes_on_with_or_without_offload_as_it_was_begun(tmp_path, stages, layers, was, earlier):
+    """Also one of a version that did not write that down: what it has kept says so."""
+    request = REQUEST if earlier else REQUEST | {"offload": bool(was)}
+    (tmp_path / ".rnnzoo").mkdir()
+    (tmp_path / ".rnnzoo" / "run.json").write_text(json.dumps({"request": request, "stages": stages}))
+    if layers:
+        (tmp_path / ".rnnzoo" / "layers").mkdir()
+    fits = {bool(was)} if was is not None or not earlier else {False, True}
+    for offload in (False, True):
+        if offload in fits:
+            assert open_run(tmp_path, REQUEST | {"offload": offload}, False).stages == stages
+            continue
+        how = "without" if offload else "with"
+        with pytest.raises(RnnzooError, match=f"begun {how} --offload, and goes on only {how} it; .*--restart"):
+            open_run(tmp_path, REQUEST | {"offload": offload}, False)
