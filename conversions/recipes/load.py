@@ -7,9 +7,10 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
+from huggingface_hub.dataclasses import type_validator
 
 from ...kernels.errors import RnnzooError
 from ...zoo.core.registry import ATTENTION_TYPES, known_mixers
@@ -62,36 +63,38 @@ def _stage(raw: Any, where: str) -> Stage:
     return _checked(KINDS[raw["kind"]], raw, where)
 
 
-def _checked(cls: type, raw: Any, where: str) -> Any:
-    if not isinstance(raw, dict):
-        raise RnnzooError(f"{where} is a {type(raw).__name__}; expected a mapping.")
+def _checked(cls: type, raw: dict[Any, Any], where: str) -> Any:
+    """The dataclass `cls` of these values; types are checked by the Hub's strict dataclasses, as of configurations."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(raw) - set(fields), key=str):
         raise RnnzooError(f"{where} has the unknown key {unknown[0]!r}; known are {', '.join(fields)}.")
     for name, field in fields.items():
-        if name not in raw:
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise RnnzooError(f"{where} lacks the key {name!r}.")
-            continue
-        value, kind = raw[name], str(field.type).removesuffix(" | None")
-        if value is None and kind != field.type:
-            continue
-        if kind == "float" and isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = float(value)  # YAML reads 1e-4, without a point, as text
-        if kind in ("float", "int") and isinstance(value, int | float) and not isinstance(value, bool):
+        if name not in raw and field.default is field.default_factory is dataclasses.MISSING:
+            raise RnnzooError(f"{where} lacks the key {name!r}.")
+    hints = get_type_hints(cls)
+    for name, value in raw.items():
+        kinds = {hints[name], *get_args(hints[name])}
+        if kinds & {int, float} and isinstance(value := _number(value, kinds), float):
             if not math.isfinite(value):
                 raise RnnzooError(f"{where}: {name} is {value!r}; expected a finite number.")
-            if kind == "int" and value != int(value):
+            if float not in kinds:
                 raise RnnzooError(f"{where}: {name} is {value!r}; expected a whole number.")
-            raw[name] = float(value) if kind == "float" else int(value)
-            continue
-        expected = {"str": str, "bool": bool, "dict[str, Any]": dict}.get(kind, list)
-        items = {"list[str]": str, "list[int]": int}.get(kind, object)
-        wrong = isinstance(value, list) and not all(isinstance(item, items) for item in value)
-        if wrong or not isinstance(value, expected):
-            raise RnnzooError(f"{where}: {name} is {value!r}; expected {field.type}.")
+        raw[name] = value
+        try:
+            type_validator(name, value, hints[name])
+        except TypeError:
+            raise RnnzooError(f"{where}: {name} is {value!r}; expected {fields[name].type}.") from None
     return cls(**raw)
+
+
+def _number(value: Any, kinds: set[Any]) -> Any:
+    """A number that YAML has read as another type, in its own: 1e-4, without a point, as text, 1e5 as a fraction."""
+    if float in kinds and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    if float in kinds and type(value) is int:
+        return float(value)
+    return int(value) if float not in kinds and isinstance(value, float) and value.is_integer() else value
 
 
 def check_recipe(recipe: Recipe, where: str) -> None:
