@@ -186,11 +186,13 @@ def open_run(out: str | os.PathLike, request: dict[str, Any], restart: bool) -> 
         raise RnnzooError(f"{out} cannot be used: {error.strerror or error}; choose another folder.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise RnnzooError(f"{state} is damaged; run again with --restart.") from error
+    if any(stage["name"] == FINISHED for stage in stages) and "offload" in before:
+        before["offload"] = request.get("offload")  # there is nothing left to do
     if before.get("offload", request.get("offload")) != request.get("offload"):
         how = "with" if before["offload"] else "without"
         raise RnnzooError(
-            f"{out} holds a run that was begun {how} --offload, and goes on only {how} it; repeat the command so, or "
-            "choose another folder, or discard the run with --restart."
+            f"{out} holds a run that was begun {how} --offload; go on {how} it, choose another folder, or discard it with "
+            "--restart."
         )
     if differences := _differences(before, request):
         shown = "; ".join(differences[:4])

@@ -145,24 +145,6 @@ def test_stopped_in_the_middle_of_a_stage_it_ends_at_the_same_weights(data, tmp_
     assert not [name for name in expected if not torch.equal(ours[name], expected[name])]
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_a_run_goes_on_only_as_it_was_begun(data, tmp_path, offload):
-    """Stopped after `calibrate`; the other way it is refused, and then ends all the same."""
-    teacher, recipe = str(tiny_teacher("llama", tmp_path)), recipe_file(tmp_path)
-
-    def stop(stage, done, total, info):
-        if stage == "align":
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        convert(teacher, recipe, tmp_path / "out", data=data, **OWN, offload=offload, progress=stop)
-    how = "with" if offload else "without"
-    with pytest.raises(RnnzooError, match=f"was begun {how} --offload, and goes on only {how} it"):
-        convert(teacher, recipe, tmp_path / "out", data=data, **OWN, offload=not offload)
-    results = convert(teacher, recipe, tmp_path / "out", data=data, **OWN, offload=offload)
-    assert [stage["name"] for stage in results["conversion"]["stages"]] == ["initialise", "calibrate", "align"]
-
-
 def test_the_shipped_recipe_runs_so(data, tmp_path):
     teacher = str(tiny_teacher("llama", tmp_path))
     own: dict[str, Any] = {"tokens": 1024, "seq_len": 128, "batch_tokens": 256, "offload": True}

@@ -322,5 +322,5 @@ def test_a_run_goes_on_with_or_without_offload_as_it_was_begun(tmp_path, stages,
             assert open_run(tmp_path, REQUEST | {"offload": offload}, False).stages == stages
             continue
         how = "without" if offload else "with"
-        with pytest.raises(RnnzooError, match=f"begun {how} --offload, and goes on only {how} it; .*--restart"):
+        with pytest.raises(RnnzooError, match=f"begun {how} --offload; go on {how} it, .*--restart"):
             open_run(tmp_path, REQUEST | {"offload": offload}, False)
