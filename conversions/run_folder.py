@@ -191,8 +191,8 @@ def open_run(out: str | os.PathLike, request: dict[str, Any], restart: bool) -> 
     if before.get("offload", request.get("offload")) != request.get("offload"):
         how = "with" if before["offload"] else "without"
         raise RnnzooError(
-            f"{out} holds a run that was begun {how} --offload; go on {how} it, choose another folder, or discard it with "
-            "--restart."
+            f"{out} holds a run that was begun {how} --offload; go on {how} it, choose another folder, or discard it "
+            "with --restart."
         )
     if differences := _differences(before, request):
         shown = "; ".join(differences[:4])
