@@ -16,7 +16,7 @@ from .memory import return_freed_memory
 from .processes import Processes
 from .recipes import Recipe
 from .run_folder import write_json
-from .student import attention_twin, build_student, continue_from, layer_types, student_config
+from .student import build_student, continue_from, layer_types, student_config, zoo_teacher
 from .teachers import TeacherRef
 
 __all__ = ["Part", "Progress", "StageContext"]
@@ -82,9 +82,9 @@ class StageContext:
         return self.teacher.load(torch.float32)
 
     @functools.cached_property
-    def twin(self) -> Any:
+    def teacher_model(self) -> Any:
         """The teacher in the zoo's own block, every layer attention, in the dtype of the run."""
-        return attention_twin(self.teacher, self.model, self.dtype)
+        return zoo_teacher(self.teacher, self.model, self.dtype)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -166,6 +166,6 @@ class StageContext:
         self.__dict__.pop("model", None)
         return_freed_memory()
 
-    def release_twin(self) -> None:
-        """Lets go of `twin`."""
-        self.__dict__.pop("twin", None)
+    def release_teacher_model(self) -> None:
+        """Lets go of `teacher_model`."""
+        self.__dict__.pop("teacher_model", None)

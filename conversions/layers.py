@@ -125,7 +125,7 @@ def open_layers(context: StageContext, student: Any, part: Part) -> Layers:
     """Those of a stage's student, and of the teacher."""
     if isinstance(student, StudentOnDisk):
         return student.layers(part.name)
-    return InMemoryLayers(context.twin, student, context.folder / part.name)
+    return InMemoryLayers(context.teacher_model, student, context.folder / part.name)
 
 
 class InMemoryLayers(Layers):

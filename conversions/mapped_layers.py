@@ -46,7 +46,7 @@ from .mapped import MappedTeacher, block_of
 from .memory import return_freed_memory
 from .precision import mixed_precision
 from .run_folder import FINISHED, Run, write_json
-from .student import layer_types, new_mixer, student_config, twin_config
+from .student import layer_types, new_mixer, student_config, teacher_zoo_config
 
 __all__ = ["MappedLayers", "MappedStudent", "MappedStudents"]
 
@@ -63,7 +63,7 @@ class MappedStudent(StudentOnDisk):
         self.teacher, self.folder = MappedTeacher(context.teacher), context.folder / "layers"
         config = student_config(context.teacher, context.recipe, layer_types(context.teacher, context.recipe, kept))
         self.ours = _without_weights(config, context.recipe.student)
-        self.theirs = _without_weights(twin_config(context.teacher), "full_attention")
+        self.theirs = _without_weights(teacher_zoo_config(context.teacher), "full_attention")
         self.config, self.count = config, config.num_hidden_layers
 
     def after(self, stage: str) -> MappedStudent:

@@ -142,8 +142,8 @@ class Pipeline:
         student, report = trained
         if self.processes.count == 1:
             return trained
-        if is_sharded(self.context.__dict__.get("twin") or student):
-            self.context.release_twin()
+        if is_sharded(self.context.__dict__.get("teacher_model") or student):
+            self.context.release_teacher_model()
         return whole_model(student), report
 
     def _by_main(self, name: str, work: Callable[[], tuple[Any, dict[str, Any]]]) -> Any:
@@ -167,7 +167,7 @@ class Pipeline:
         self.context.progress(name, 0, 1, {})
         student = self.students.begin(previous, kept)
         report: dict[str, Any] = {"tokens": 0, "kept": kept}
-        if first and self.ladder and (found := self._held_out(self.context.twin, "teacher")):
+        if first and self.ladder and (found := self._held_out(self.context.teacher_model, "teacher")):
             report["teacher_perplexity"] = found
         self.context.progress(name, 1, 1, {})
         return student, report

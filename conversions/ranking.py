@@ -47,7 +47,7 @@ def rank_layers(context: StageContext) -> dict[str, Any]:
     data = data.rows(0, min(len(data), -(-TOKENS // data.seq_len)))
     student = calibrated_student(context)
     report = lambda done, total: context.progress("select", done, total, {})  # noqa: E731
-    figures = measure_layers(context.twin, student.to(context.dtype).eval(), data, report)
+    figures = measure_layers(context.teacher_model, student.to(context.dtype).eval(), data, report)
     order = sorted(range(len(figures)), key=lambda i: (-figures[i]["swap_kl"], -figures[i]["bypass_kl"], i))
     return {
         "schema": SCHEMA,
@@ -74,7 +74,7 @@ def calibrated_student(context: StageContext) -> Any:
 
 @torch.no_grad()
 def measure_layers(
-    twin: RecurrentForCausalLM,
+    teacher_model: RecurrentForCausalLM,
     student: RecurrentForCausalLM,
     data: Any,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -82,47 +82,47 @@ def measure_layers(
     """{bypass_kl, swap_kl} of every layer.
 
     Args:
-        twin: the teacher, every layer attention. student: of the twin's type, with a mixer for each of its layers.
+        teacher_model: every layer attention. student: of the same type, with a mixer for each of its layers.
         data: rows of tokens, see `PackedTokens`.
     """
-    layers = len(twin.model.layers)
+    layers = len(teacher_model.model.layers)
     sums = torch.zeros(layers, 2, dtype=torch.float64)
     for number in range(len(data)):
         row = data[number]
         ids, seq_ids = row["input_ids"][None], row["seq_ids"][None]
-        outputs = twin.model(input_ids=ids, seq_ids=seq_ids, use_cache=False, output_hidden_states=True)
+        outputs = teacher_model.model(input_ids=ids, seq_ids=seq_ids, use_cache=False, output_hidden_states=True)
         for i in range(layers):
             ctx = student.model.make_context(*ids.shape, ids.device, seq_ids=seq_ids)
             own = student.model.layers[i].mixer
             for j, mixer in enumerate((torch.zeros_like, lambda x, own=own, ctx=ctx: own(x, None, ctx)[0])):
-                changed = _with_mixer(twin, outputs.hidden_states[i], i, mixer, ids, seq_ids)
-                sums[i, j] += _divergence(twin, outputs.last_hidden_state, changed)
+                changed = _with_mixer(teacher_model, outputs.hidden_states[i], i, mixer, ids, seq_ids)
+                sums[i, j] += _divergence(teacher_model, outputs.last_hidden_state, changed)
             progress((number * layers + i + 1) * data.seq_len // layers, data.num_tokens)
     return [{"bypass_kl": float(a), "swap_kl": float(b)} for a, b in sums / len(data)]
 
 
 def _with_mixer(
-    twin: RecurrentForCausalLM,
+    teacher_model: RecurrentForCausalLM,
     hidden: Tensor,
     first: int,
     mixer: Callable[[Tensor], Tensor],
     ids: Tensor,
     seq_ids: Tensor,
 ) -> Tensor:
-    """The twin's final hidden states where layer `first`, whose input is `hidden` (B, T, D), has another mixer."""
-    ctx: Context = twin.model.make_context(*ids.shape, ids.device, seq_ids=seq_ids)
-    hook = twin.model.layers[first].mixer.register_forward_hook(lambda _, args, out: (mixer(args[0]), out[1]))
+    """The teacher's final hidden states where layer `first`, whose input is `hidden` (B, T, D), has another mixer."""
+    ctx: Context = teacher_model.model.make_context(*ids.shape, ids.device, seq_ids=seq_ids)
+    hook = teacher_model.model.layers[first].mixer.register_forward_hook(lambda _, args, out: (mixer(args[0]), out[1]))
     try:
-        for block in list(twin.model.layers)[first:]:
+        for block in list(teacher_model.model.layers)[first:]:
             hidden = block(hidden, None, ctx, None)[0]
     finally:
         hook.remove()
-    return twin.model.norm(hidden)
+    return teacher_model.model.norm(hidden)
 
 
-def _divergence(twin: RecurrentForCausalLM, true: Tensor, changed: Tensor) -> float:
+def _divergence(teacher_model: RecurrentForCausalLM, true: Tensor, changed: Tensor) -> float:
     """KL of the predictions, a mean over every fourth token, from final hidden states (B, T, D)."""
-    weight = twin.lm_head.weight
+    weight = teacher_model.lm_head.weight
     changed, true = (hidden[:, EVERY - 1 :: EVERY].flatten(0, 1) for hidden in (changed, true))
     return float(linear_kl(changed, weight, true, weight))
 

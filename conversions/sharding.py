@@ -19,7 +19,7 @@ def units(student: Any) -> list[str]:
     return list(dict.fromkeys(["RecurrentBlock", *mixers]))
 
 
-def shard_frozen(twin: Any, plugin: Any, device: torch.device) -> Any:
+def shard_frozen(teacher_model: Any, plugin: Any, device: torch.device) -> Any:
     """Spreads the blocks of a frozen teacher over the processes, in place.
 
     Args:
@@ -27,13 +27,13 @@ def shard_frozen(twin: Any, plugin: Any, device: torch.device) -> Any:
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    for block in twin.model.layers:
+    for block in teacher_model.model.layers:
         if not isinstance(block, FSDPModule):
             fully_shard(block, reshard_after_forward=True, offload_policy=plugin.cpu_offload)
-    for name, module in [*twin.model.named_children(), ("lm_head", twin.lm_head)]:
+    for name, module in [*teacher_model.model.named_children(), ("lm_head", teacher_model.lm_head)]:
         if name != "layers":
             module.to(device)
-    return twin
+    return teacher_model
 
 
 def gathers(module: Any, method: str) -> Any:

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from .teachers import TeacherRef
 
 __all__ = [
-    "attention_twin",
     "budget_of",
     "build_student",
     "continue_from",
     "layer_types",
     "new_mixer",
     "student_config",
-    "twin_config",
+    "teacher_zoo_config",
+    "zoo_teacher",
 ]
 
 
@@ -106,15 +106,15 @@ def new_mixer(student: RecurrentForCausalLM, number: int, weights: AttentionWeig
     return mixer
 
 
-def attention_twin(teacher: TeacherRef, model: PreTrainedModel, dtype: torch.dtype) -> RecurrentForCausalLM:
+def zoo_teacher(teacher: TeacherRef, model: PreTrainedModel, dtype: torch.dtype) -> RecurrentForCausalLM:
     """The teacher itself in the zoo's block, every layer attention: one shape for all families, the same logits."""
-    twin = build_student(teacher, model, twin_config(teacher), "full_attention", dtype, 0)
-    return twin.eval().requires_grad_(False)
+    teacher_model = build_student(teacher, model, teacher_zoo_config(teacher), "full_attention", dtype, 0)
+    return teacher_model.eval().requires_grad_(False)
 
 
-def twin_config(teacher: TeacherRef) -> RecurrentConfig:
-    """Of `attention_twin`."""
-    recipe = Recipe(name="twin", student="full_attention", stages=[])
+def teacher_zoo_config(teacher: TeacherRef) -> RecurrentConfig:
+    """Of `zoo_teacher`."""
+    recipe = Recipe(name="teacher", student="full_attention", stages=[])
     return student_config(teacher, recipe, teacher.family.attention_types(teacher.config))
 
 

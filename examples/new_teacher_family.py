@@ -13,7 +13,7 @@ from tiny_teacher import PROMPT, SIZES, files, train_teacher
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from rnnzoo.conversions.convert import convert
-from rnnzoo.conversions.student import attention_twin
+from rnnzoo.conversions.student import zoo_teacher
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.conversions.teachers.families import FAMILIES, Family
 from rnnzoo.zoo.core.mixer import AttentionWeights
@@ -45,8 +45,8 @@ original = found.load()
 ids = torch.arange(3, 60)[None]
 # In the zoo's block, every layer attention, it must say what the original says: the test of a new family.
 with torch.no_grad():
-    twin = attention_twin(found, original, torch.float32)
-    difference = (twin(ids).logits - original(ids).logits).abs().max().item()
+    teacher_model = zoo_teacher(found, original, torch.float32)
+    difference = (teacher_model(ids).logits - original(ids).logits).abs().max().item()
 print(f"largest difference of a logit: {difference:.1e}")
 
 out, data = f"{args.out}/student", [files(args.out)[0]]

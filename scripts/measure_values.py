@@ -21,7 +21,7 @@ from rnnzoo.conversions.fit.closed_form import ClosedForm, Stream
 from rnnzoo.conversions.layers import InMemoryLayers
 from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.stages.calibrate import fit_layers, loss_behind
-from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
+from rnnzoo.conversions.student import build_student, layer_types, student_config, zoo_teacher
 from rnnzoo.conversions.teachers import resolve_teacher
 
 PARTS = {"without": ("decay", "scale", "output"), "with": ("decay", "values", "scale", "output")}
@@ -51,12 +51,12 @@ def main(name, students, data, text, seq_len, tokens, eval_tokens, out) -> None:
     """Fit, measure and write."""
     teacher = resolve_teacher(name)
     tokenizer, model = teacher.tokenizer(), teacher.load(torch.float32)
-    twin = attention_twin(teacher, model, torch.float32)
+    teacher_model = zoo_teacher(teacher, model, torch.float32)
     corpus = open_corpus(list(data), "text", tokenizer=tokenizer)
     documents = corpus.documents("calibration", seed=0)
     rows = pack(documents, tokenizer, seq_len, tokens, name="calibration", source="", long_documents=True)
     held = pack([load(text).text], tokenizer, seq_len, eval_tokens, name="test", source="", long_documents=True)
-    found = {"teacher": math.exp(loss_on(twin, held)), "tokens": rows.num_tokens, "held_out": held.num_tokens}
+    found = {"teacher": math.exp(loss_on(teacher_model, held)), "tokens": rows.num_tokens, "held_out": held.num_tokens}
     click.echo(json.dumps(found))
     for mixer in students:
         for what, parts in PARTS.items():
@@ -64,7 +64,7 @@ def main(name, students, data, text, seq_len, tokens, eval_tokens, out) -> None:
             recipe = Recipe("values", mixer, [])
             config = student_config(teacher, recipe, layer_types(teacher, recipe, []))
             student = build_student(teacher, model, config, mixer, torch.float32, 0).eval()
-            layers = InMemoryLayers(twin, student)
+            layers = InMemoryLayers(teacher_model, student)
             fit_layers(layers, rows, ClosedForm(parts))
             errors = [layer["after"] for layer in layers.reports()]
             seconds = time.process_time() - started

@@ -72,7 +72,7 @@ class StateBudget:
 
     def spend(
         self,
-        twin: RecurrentForCausalLM,
+        teacher_model: RecurrentForCausalLM,
         types: Sequence[str],
         data: PackedTokens,
         seed: int,
@@ -83,14 +83,14 @@ class StateBudget:
         """The student's configuration with what the budget buys, and a record of it.
 
         Args:
-            twin: the teacher, every layer attention. types: mixer of each layer.
+            teacher_model: the teacher, every layer attention. types: mixer of each layer.
             fixed_widths: of layers that must keep theirs. trained: layers that cannot be attention again.
         Raises:
             RnnzooError: the budget is too small.
         """
         mixer = mixer_class(types[_converted(types)[0]])
         widths = [*self.widths, *(fixed_widths or {}).values()]
-        measured = measure_states(twin, data, self.make_config(types).num_sinks, seed, widths, mixer, progress)
+        measured = measure_states(teacher_model, data, self.make_config(types).num_sinks, seed, widths, mixer, progress)
         return self.divide(types, measured, fixed_widths, trained)
 
     def divide(

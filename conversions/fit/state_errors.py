@@ -59,7 +59,7 @@ class Measured:
 
 
 def measure_states(
-    twin: RecurrentForCausalLM,
+    teacher_model: RecurrentForCausalLM,
     data: PackedTokens,
     sinks: int,
     seed: int,
@@ -70,7 +70,7 @@ def measure_states(
     """The error of every window, and of every window beside a linear state of each of `widths` (zeros are ignored).
 
     Args:
-        twin: the teacher, every layer attention. data: sequences of calibration text. sinks: first tokens kept exact.
+        teacher_model: every layer attention. data: sequences of calibration text. sinks: first tokens kept exact.
         mixer: whose linear state it is.
     """
     windows = tuple(w for w in WINDOWS if w < data.seq_len)
@@ -79,10 +79,10 @@ def measure_states(
     factors: list[Tensor] = []
     fitted: Any = None
     for number in range(len(data)):
-        layers = observe(twin, data[number]["input_ids"], True, seed + number)
+        layers = observe(teacher_model, data[number]["input_ids"], True, seed + number)
         alone.append(torch.stack([_window_errors(layer, windows, sinks, seed + number) for layer in layers]))
         if wide and number == 0:
-            fitted = _fit(mixer, twin, layers, wide, windows, sinks, seed)
+            fitted = _fit(mixer, teacher_model, layers, wide, windows, sinks, seed)
         if wide and (number or len(data) == 1):
             factors.append(
                 torch.stack([_linear_errors(*both, sinks, seed + number) for both in zip(layers, fitted, strict=True)])
@@ -177,7 +177,7 @@ def divided(sums: Tensor) -> Tensor:
 
 def _fit(
     mixer: type[Mixer],
-    twin: RecurrentForCausalLM,
+    teacher_model: RecurrentForCausalLM,
     layers: list[Observed],
     widths: Sequence[int],
     windows: Sequence[int],
@@ -186,9 +186,9 @@ def _fit(
 ) -> list[list[Mixer]]:
     """Mixers [layer][width and window], their features fitted to one sequence."""
     time = len(layers[0].q)
-    ctx, rows = twin.model.make_context(1, time, layers[0].q.device), sample_rows(time, seed)
+    ctx, rows = teacher_model.model.make_context(1, time, layers[0].q.device), sample_rows(time, seed)
     sizes = [(window, sinks, width) for width in widths for window in LINEAR_WINDOWS if window <= windows[-1]]
-    fitted = [[mixer.sized(twin.config, *size) for size in sizes] for _ in layers]
+    fitted = [[mixer.sized(teacher_model.config, *size) for size in sizes] for _ in layers]
     for layer, own in zip(layers, fitted, strict=True):
         for each in own:
             each.fit_features(layer.q, layer.k, ctx, rows, seed)

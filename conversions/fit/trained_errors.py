@@ -36,7 +36,7 @@ __all__ = ["measure_trained"]
 
 
 def measure_trained(
-    twin: RecurrentForCausalLM,
+    teacher_model: RecurrentForCausalLM,
     student: RecurrentForCausalLM,
     data: PackedTokens,
     seed: int,
@@ -50,11 +50,11 @@ def measure_trained(
     mixers = [block.mixer if block.mixer.divides_budget else None for block in student.model.layers]
     own = {length for mixer in mixers if mixer is not None for length in mixer.lengths}
     windows = tuple(sorted({w for w in WINDOWS if w < data.seq_len} | own))
-    total = torch.zeros(len(mixers), twin.config.num_key_value_heads, 1, len(windows))
+    total = torch.zeros(len(mixers), teacher_model.config.num_key_value_heads, 1, len(windows))
     for number in range(len(data)):
         ids = data[number]["input_ids"]
         ctx = student.model.make_context(1, len(ids), ids.device)
-        for i, layer in enumerate(observe(twin, ids, True, seed + number)):
+        for i, layer in enumerate(observe(teacher_model, ids, True, seed + number)):
             if (mixer := mixers[i]) is not None:
                 total[i, :, 0] += _errors(layer, mixer, ctx, windows, seed + number) / len(data)
         if progress:

@@ -130,7 +130,7 @@ class Align(TrainedStage):
                 part,
                 aligned_parameters(self, group.ours),
                 data=group.rows,
-                twin=group.theirs,
+                teacher_model=group.theirs,
                 folder=group.folder,
                 place=(group.number, group.count),
             )
@@ -175,9 +175,9 @@ class AlignLayers(StageTrainer):
         layers = self._at_work()
         ctx = student.model.make_context(*ids.shape, ids.device, seq_ids=seq_ids)
         if hidden is None:
-            seen = seen_layers(self.twin, ids, seq_ids, layers, stage.target)
+            seen = seen_layers(self.teacher_model, ids, seq_ids, layers, stage.target)
         else:
-            seen = {i: seen_alone(_blocks(self.twin)[i], hidden, ctx, stage.target) for i in layers}
+            seen = {i: seen_alone(_blocks(self.teacher_model)[i], hidden, ctx, stage.target) for i in layers}
         given = {i: hidden for i, (hidden, _) in seen.items()}
         if stage.inputs == "student":
             given = mixer_inputs(student, ids, seq_ids, layers)

@@ -57,7 +57,7 @@ class Allocate(Stage):
         started = time.monotonic()
         data = context.calibration()
         report = lambda done, total: context.progress(part.name, done, total, {})  # noqa: E731
-        measured = measure_trained(context.twin, student.eval(), data, context.seed, report)
+        measured = measure_trained(context.teacher_model, student.eval(), data, context.seed, report)
         budget = budget_of(context.teacher, context.recipe, context.dtype)
         config, record = budget.divide_again(student.config, measured)
         moved = context.rebuilt(config, student)

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from ..context import Part, StageContext
 from ..data import PackedTokens
 from ..teachers.files import user_errors
-from .distilled import Distilled, twin_of
+from .distilled import Distilled, teacher_model_of
 
 __all__ = ["FOLDER", "CachedRows", "cached_rows", "likeliest", "repeated", "write_shards"]
 
@@ -82,7 +82,7 @@ def cached_rows(
     folder = context.folder / part.name / FOLDER
     told = lambda done, total: context.progress(f"{part.name}, teacher", done, total, {})  # noqa: E731
     vocabulary = context.teacher.config.vocab_size  # another teacher's head may have unused rows after these
-    per_shard = write_shards(lambda: twin_of(context, stage), rows, top, folder, told, vocabulary)
+    per_shard = write_shards(lambda: teacher_model_of(context, stage), rows, top, folder, told, vocabulary)
     files = sorted(folder.glob("*.safetensors"))
     seconds = 0.0
     for file in files:
@@ -93,7 +93,7 @@ def cached_rows(
 
 
 def write_shards(
-    twin: Callable[[], Any],
+    teacher_model: Callable[[], Any],
     rows: PackedTokens,
     top: int,
     folder: Path,
@@ -103,7 +103,7 @@ def write_shards(
     """Writes the shards that are missing, dealt out to the processes; returns the rows of a shard.
 
     Args:
-        twin: gives the teacher, if it is needed. top: K. progress: called with (tokens so far, tokens in all).
+        teacher_model: gives the teacher, if it is needed. top: K. progress: called with (tokens so far, tokens in all).
         vocabulary: V, tokens of the teacher's head that count.
     """
     state = PartialState()
@@ -113,7 +113,7 @@ def write_shards(
     mine = missing[state.process_index :: state.num_processes]
     if mine:
         folder.mkdir(parents=True, exist_ok=True)
-        teacher = twin().to(state.device)
+        teacher = teacher_model().to(state.device)
         for done, number in enumerate(mine):
             progress(done * per_shard * rows.seq_len, len(mine) * per_shard * rows.seq_len)
             numbers = range(number * per_shard, min(len(rows), (number + 1) * per_shard))

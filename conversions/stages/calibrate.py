@@ -184,7 +184,7 @@ class Calibrate(Stage):
 
     def _spend(self, context: StageContext, types: list[str], report: Any, *others: Any) -> Any:
         budget = budget_of(context.teacher, context.recipe, context.dtype, self.feature_widths, self.budget_context)
-        return budget.spend(context.twin, types, context.calibration(), context.seed, *others, progress=report)
+        return budget.spend(context.teacher_model, types, context.calibration(), context.seed, *others, progress=report)
 
 
 def judged(layers: Layers, losses: tuple[float, float], parts: list[str]) -> dict[str, Any]:
@@ -298,7 +298,7 @@ def gradient_weights(context: StageContext, data: PackedTokens, part: Part) -> t
     for number in range(len(data)):
         row = data[number]
         documents = row["seq_ids"] if len(row["seq_ids"].unique()) > 1 else None
-        rows.append(token_weights(context.twin, row["input_ids"], documents, context.seed + number))
+        rows.append(token_weights(context.teacher_model, row["input_ids"], documents, context.seed + number))
         context.progress(part.name, (number + 1) * data.seq_len, data.num_tokens, {})
     weights = torch.stack(rows, 1)
     return weights / weights.mean((1, 2), keepdim=True)

@@ -17,11 +17,11 @@ from ...kernels.losses import linear_cross_entropy, linear_kl, linear_top_kl
 from ...zoo.core.configuration import RecurrentConfig
 from ..context import StageContext
 from ..recipes import Recipe
-from ..student import attention_twin
+from ..student import zoo_teacher
 from ..teachers import TeacherRef, resolve_teacher
 from .end_to_end import EndToEnd
 
-__all__ = ["Distilled", "Likeliest", "Whole", "distillation_loss", "twin_of"]
+__all__ = ["Distilled", "Likeliest", "Whole", "distillation_loss", "teacher_model_of"]
 
 
 @dataclass
@@ -144,12 +144,12 @@ def distillation_loss(
     return loss
 
 
-def twin_of(context: StageContext, stage: Distilled) -> Any:
+def teacher_model_of(context: StageContext, stage: Distilled) -> Any:
     """The teacher of a stage in the zoo's block, every layer attention, in the dtype of the run."""
     if stage.teacher is None:
-        return context.twin
+        return context.teacher_model
     found = resolve_teacher(stage.teacher)
-    return attention_twin(found, found.load(context.dtype), context.dtype)
+    return zoo_teacher(found, found.load(context.dtype), context.dtype)
 
 
 def check_same_tokenizer(other: TeacherRef, teacher: TeacherRef) -> None:

@@ -30,7 +30,7 @@ from ..context import Part, StageContext
 from ..data import PackedTokens
 from ..recipes import Recipe
 from .cached_teacher import repeated
-from .distilled import Distilled, Whole, twin_of
+from .distilled import Distilled, Whole, teacher_model_of
 from .end_to_end import trainable
 from .training import StageTrainer, final_hidden, next_tokens, train
 
@@ -80,9 +80,9 @@ class Extend(Distilled):
         """Trains on rows of `length` tokens, which are packed for this stage."""
         rows = self.packed(context).rows(part.rows.start, -(-len(part.rows) // self.epochs))
         rows = repeated(rows, len(part.rows), context.seed)
-        twin = twin_of(context, self) if self.asks_teacher() else None
+        teacher_model = teacher_model_of(context, self) if self.asks_teacher() else None
         with trainable(student, self, context.seed) as trains:
-            report = train(context, ExtendContext, student, self, part, trains, data=rows, twin=twin)
+            report = train(context, ExtendContext, student, self, part, trains, data=rows, teacher_model=teacher_model)
         return student, report
 
 
@@ -94,7 +94,10 @@ class ExtendContext(StageTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         student: Any = self.model
-        self.caches = (RecurrentCache(student.config), RecurrentCache(self.twin.config) if self.twin else None)
+        self.caches = (
+            RecurrentCache(student.config),
+            RecurrentCache(self.teacher_model.config) if self.teacher_model else None,
+        )
         total = torch.zeros((), device=self.args.device)
         group = self.stage.chunk * self.stage.grad_chunks
         for begin in range(0, inputs["input_ids"].shape[1], group):
@@ -122,14 +125,14 @@ class ExtendContext(StageTrainer):
 
     def _known(self, ids: Tensor, seq_ids: Tensor | None) -> Tensor:
         """(B, T) bool: positions in their documents that the teacher was trained on; all, where none is asked."""
-        if self.twin is None:
+        if self.teacher_model is None:
             return torch.ones_like(ids, dtype=torch.bool)
         column = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         if seq_ids is not None:
             begins = torch.ones_like(ids, dtype=torch.bool)
             begins[:, 1:] = seq_ids[:, 1:] != seq_ids[:, :-1]
             column = column - torch.where(begins, column, 0).cummax(1).values
-        return column < self.twin.config.max_position_embeddings
+        return column < self.teacher_model.config.max_position_embeddings
 
     @torch.no_grad()
     def _teacher(self, ids: Tensor, seq_ids: Tensor | None, known: Tensor) -> Whole | None:
@@ -138,10 +141,10 @@ class ExtendContext(StageTrainer):
         A chunk that it has not read is missing from its cache, but what comes after in that document it does not know
         either, and a new document starts afresh.
         """
-        if self.twin is None or not bool(known.any()):
+        if self.teacher_model is None or not bool(known.any()):
             return None
-        hidden = final_hidden(self.twin, ids, seq_ids, use_cache=True, **{CACHE_NAME: self.caches[1]})
-        return Whole(hidden.flatten(0, 1), self.twin.lm_head.weight[: self.model.config.vocab_size])
+        hidden = final_hidden(self.teacher_model, ids, seq_ids, use_cache=True, **{CACHE_NAME: self.caches[1]})
+        return Whole(hidden.flatten(0, 1), self.teacher_model.lm_head.weight[: self.model.config.vocab_size])
 
     def _sums(
         self, hidden: Tensor, model: Any, teacher: Whole | None, labels: Tensor, known: Tensor

@@ -17,7 +17,7 @@ from ..data import check_sequence_length
 from ..recipes import Recipe
 from ..teachers import TeacherRef
 from .cached_teacher import cached_rows, repeated
-from .distilled import Distilled, Likeliest, Whole, distillation_loss, twin_of
+from .distilled import Distilled, Likeliest, Whole, distillation_loss, teacher_model_of
 from .end_to_end import trainable
 from .training import StageTrainer, final_hidden, next_tokens, train
 
@@ -61,14 +61,14 @@ class Train(Distilled):
     def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
         """Trains the mixers, adapters on them, or everything; on rows with the teacher's predictions, if kept."""
         rows = context.training().rows(part.rows.start, -(-len(part.rows) // self.epochs))
-        about, twin = {}, None
+        about, teacher_model = {}, None
         if self.cache_top_k:
             rows, about = cached_rows(context, self, self.cache_top_k, part, rows)
         elif self.asks_teacher():
-            twin = twin_of(context, self)
+            teacher_model = teacher_model_of(context, self)
         rows = repeated(rows, len(part.rows), context.seed)
         with trainable(student, self, context.seed) as trains:
-            report = train(context, TrainEndToEnd, student, self, part, trains, data=rows, twin=twin)
+            report = train(context, TrainEndToEnd, student, self, part, trains, data=rows, teacher_model=teacher_model)
         return student, report | about
 
 
@@ -85,6 +85,6 @@ class TrainEndToEnd(StageTrainer):
             teacher = Likeliest(*(x.flatten(0, 1) for x in kept))
         elif self.stage.asks_teacher():
             with torch.no_grad():
-                told = self.twin.model(input_ids=ids, seq_ids=seq_ids, use_cache=False).last_hidden_state
-            teacher = Whole(told.flatten(0, 1), self.twin.lm_head.weight[: model.config.vocab_size])
+                told = self.teacher_model.model(input_ids=ids, seq_ids=seq_ids, use_cache=False).last_hidden_state
+            teacher = Whole(told.flatten(0, 1), self.teacher_model.lm_head.weight[: model.config.vocab_size])
         return distillation_loss(self.stage, hidden, model.lm_head, teacher, next_tokens(ids, seq_ids).flatten())

@@ -102,12 +102,14 @@ class StageTrainer(StageRules, Trainer):
     # Our losses are means over the micro-batch; Trainer must divide them by the number of accumulation steps.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args: Any, stage: TrainedStage, twin: RecurrentForCausalLM | None, **kwargs: Any):
+    def __init__(self, *args: Any, stage: TrainedStage, teacher_model: RecurrentForCausalLM | None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.stage = stage
-        if twin is not None and self.is_fsdp_enabled:
-            twin = shard_frozen(twin, self.accelerator.state.fsdp_plugin, self.args.device)
-        self.twin: Any = twin if twin is None or self.is_fsdp_enabled else twin.to(self.args.device)
+        if teacher_model is not None and self.is_fsdp_enabled:
+            teacher_model = shard_frozen(teacher_model, self.accelerator.state.fsdp_plugin, self.args.device)
+        self.teacher_model: Any = (
+            teacher_model if teacher_model is None or self.is_fsdp_enabled else teacher_model.to(self.args.device)
+        )
         self.model_accepts_loss_kwargs = False
         self.windows = contextlib.ExitStack()  # open from loss to loss: checkpointed layers run again in between
 
@@ -209,14 +211,14 @@ def train(
     trains: Callable[[str], bool],
     *,
     data: Any = None,
-    twin: Any = None,
+    teacher_model: Any = None,
     folder: Path | None = None,
     place: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Trains the student of a conversion in place; see `train_stage`.
 
     Args:
-        data: rows; None: those of `part`, of the training text. twin: the teacher, if the loss asks one.
+        data: rows; None: those of `part`, of the training text. teacher_model: the teacher, if the loss asks one.
         folder: for checkpoints and metrics, if not the stage's. place: number of this training among all of the stage.
     """
     if data is None:
@@ -229,7 +231,7 @@ def train(
     return train_stage(
         trainer_class,
         student,
-        twin,
+        teacher_model,
         stage,
         data,
         folder or context.folder / part.name,
@@ -245,7 +247,7 @@ def train(
 def train_stage(
     trainer_class: type[StageTrainer],
     student: RecurrentForCausalLM,
-    twin: RecurrentForCausalLM | None,
+    teacher_model: RecurrentForCausalLM | None,
     stage: TrainedStage,
     data: PackedTokens,
     folder: Path,
@@ -260,7 +262,7 @@ def train_stage(
     """Trains the student in place; goes on from the newest whole checkpoint in `folder`.
 
     Args:
-        twin: the teacher, on any device; None: the loss asks none.
+        teacher_model: the teacher, on any device; None: the loss asks none.
         trains: whether the parameter of this name is trained.
         checkpointing: keep of the blocks' activations their inputs alone, and make the others again for the gradient.
         data: rows, each a dictionary of input_ids, seq_ids and whatever else the loss takes, in its order.
@@ -277,11 +279,11 @@ def train_stage(
     arguments = TrainingArguments(**stage_arguments(stage, folder, steps, per_step, bf16, seed, checkpointing))
     student._no_split_modules = units(student)
     arguments.ddp_find_unused_parameters = leaves_unused(student)
-    trainer = trainer_class(model=student, args=arguments, train_dataset=data, stage=stage, twin=twin)
+    trainer = trainer_class(model=student, args=arguments, train_dataset=data, stage=stage, teacher_model=teacher_model)
     with trainer.loss_as_forward():
         report = run_trainer(trainer, folder, per_step * data.seq_len, progress)
-    if twin is not None and not is_sharded(twin):
-        twin.cpu()
+    if teacher_model is not None and not is_sharded(teacher_model):
+        teacher_model.cpu()
     return report
 
 

@@ -11,7 +11,7 @@ from rnnzoo.conversions.fit.observe import observe
 from rnnzoo.conversions.layers import InMemoryLayers
 from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.stages.calibrate import fit_layers
-from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
+from rnnzoo.conversions.student import build_student, layer_types, student_config, zoo_teacher
 from rnnzoo.conversions.teachers import resolve_teacher
 
 from .tiny import tiny_teacher
@@ -40,21 +40,21 @@ def student_of(teacher, keep=(), **options):
 
 def test_the_gradient_is_that_of_the_loss_on_drawn_labels(teacher):
     """By finite differences in the output of a layer, with the labels that the same seed draws."""
-    twin = attention_twin(*teacher, torch.float32).double()
+    teacher_model = zoo_teacher(*teacher, torch.float32).double()
     ids = some_rows(1, 24)[0]["input_ids"]
-    observed = observe(twin, ids, True, 3)[0]
+    observed = observe(teacher_model, ids, True, 3)[0]
     with torch.no_grad():
-        hidden = twin.model(ids[None], use_cache=False).last_hidden_state[0]
-        p = (hidden @ twin.lm_head.weight.T).float().softmax(-1)
+        hidden = teacher_model.model(ids[None], use_cache=False).last_hidden_state[0]
+        p = (hidden @ teacher_model.lm_head.weight.T).float().softmax(-1)
         level = torch.rand(len(ids), 1, generator=torch.Generator().manual_seed(3))
         labels = torch.searchsorted(p.cumsum(-1), level)[:, 0].clamp(max=p.shape[-1] - 1)
     direction = torch.randn(24, 48, dtype=torch.float64)
 
     def loss(step: float) -> float:
-        block = twin.model.layers[0].mixer.proj.o_proj
+        block = teacher_model.model.layers[0].mixer.proj.o_proj
         hook = block.register_forward_hook(lambda _, args, out: out + step * direction)
         with torch.no_grad():
-            logits = twin(ids[None], use_cache=False).logits[0]
+            logits = teacher_model(ids[None], use_cache=False).logits[0]
         hook.remove()
         return float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
 
@@ -62,14 +62,15 @@ def test_the_gradient_is_that_of_the_loss_on_drawn_labels(teacher):
     torch.testing.assert_close(float((observed.gradient * direction).sum()), slope, rtol=1e-2, atol=1e-2)
 
 
-def error_of(student, twin, ids) -> list[float]:
-    """Relative squared error of each hedgehog layer's output on the twin's own inputs."""
+def error_of(student, teacher_model, ids) -> list[float]:
+    """Relative squared error of each hedgehog layer's output on the teacher's own inputs."""
     seen = []
     hooks = [
-        b.mixer.register_forward_hook(lambda _, args, out: seen.append((args[0], out[0]))) for b in twin.model.layers
+        b.mixer.register_forward_hook(lambda _, args, out: seen.append((args[0], out[0])))
+        for b in teacher_model.model.layers
     ]
     with torch.no_grad():
-        twin(ids[None], use_cache=False)
+        teacher_model(ids[None], use_cache=False)
         for hook in hooks:
             hook.remove()
         ctx = student.model.make_context(1, len(ids), ids.device)
@@ -82,21 +83,21 @@ def test_fitted_features_are_better_than_none(teacher):
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(3, 310, (12, 4), generator=generator)
     ids = words[torch.randint(0, 12, (2, 48), generator=generator)].flatten(1)
-    twin = attention_twin(*teacher, torch.float32)
+    teacher_model = zoo_teacher(*teacher, torch.float32)
     options = {"window_size": 4, "num_sinks": 1}
     fitted, without = student_of(teacher, **options), student_of(teacher, **options, feature_width=0)
-    fit_layers(InMemoryLayers(twin, fitted), rows_of(ids), ClosedForm(()), features=0)
+    fit_layers(InMemoryLayers(teacher_model, fitted), rows_of(ids), ClosedForm(()), features=0)
     for row in ids:
-        for ours, none in zip(error_of(fitted, twin, row), error_of(without, twin, row), strict=True):
+        for ours, none in zip(error_of(fitted, teacher_model, row), error_of(without, teacher_model, row), strict=True):
             assert ours < 0.9 * none
     assert all(bool((block.mixer.log_decay < 0).all()) for block in fitted.model.layers)
     assert all(bool(p.isfinite().all()) for p in fitted.parameters())
 
 
 def test_only_the_layers_asked_for_are_fitted(teacher):
-    twin, data = attention_twin(*teacher, torch.float32), some_rows(1)
+    teacher_model, data = zoo_teacher(*teacher, torch.float32), some_rows(1)
     before, after = student_of(teacher, window_size=4), student_of(teacher, window_size=4)
-    fit_layers(InMemoryLayers(twin, after), data, ClosedForm(()), features=0, only=[1])
+    fit_layers(InMemoryLayers(teacher_model, after), data, ClosedForm(()), features=0, only=[1])
     one, two = (layers[0].mixer.state_dict() for layers in (before.model.layers, after.model.layers))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(before.model.layers[1].mixer.key_map, after.model.layers[1].mixer.key_map)
@@ -106,13 +107,13 @@ def test_only_the_layers_asked_for_are_fitted(teacher):
 def test_layers_with_nothing_to_fit_stay_as_they_are(teacher, options):
     student = student_of(teacher, **options)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    layers = InMemoryLayers(attention_twin(*teacher, torch.float32), student)
+    layers = InMemoryLayers(zoo_teacher(*teacher, torch.float32), student)
     fit_layers(layers, some_rows(1), ClosedForm(()), features=0)
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
 
 
 def test_kept_layers_are_passed_over(teacher):
     student = student_of(teacher, keep=[0], window_size=4)
-    layers = InMemoryLayers(attention_twin(*teacher, torch.float32), student)
+    layers = InMemoryLayers(zoo_teacher(*teacher, torch.float32), student)
     fit_layers(layers, some_rows(1), ClosedForm(()), features=0)
     assert student.config.layer_types == ["full_attention", "hedgehog"]

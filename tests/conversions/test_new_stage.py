@@ -38,7 +38,15 @@ class Mimic(TrainedStage):
         return "mixers"
 
     def run(self, context, student, part):
-        report = train(context, MimicTrainer, student, self, part, lambda name: ".mixer." in name, twin=context.twin)
+        report = train(
+            context,
+            MimicTrainer,
+            student,
+            self,
+            part,
+            lambda name: ".mixer." in name,
+            teacher_model=context.teacher_model,
+        )
         return student, report | {"power": self.power}
 
 
@@ -47,7 +55,7 @@ class MimicTrainer(StageTrainer):
 
     def loss(self, model, ids, seq_ids, *others):
         with torch.no_grad():
-            target = final_hidden(self.twin, ids, seq_ids)
+            target = final_hidden(self.teacher_model, ids, seq_ids)
         return (final_hidden(model, ids, seq_ids) - target).abs().pow(self.stage.power).mean()
 
 

@@ -13,7 +13,7 @@ from rnnzoo.conversions.convert import convert
 from rnnzoo.conversions.data import PackedTokens, TextHashes
 from rnnzoo.conversions.ranking import default_path, load_ranking, measure_layers, save_ranking
 from rnnzoo.conversions.recipes import Recipe
-from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
+from rnnzoo.conversions.student import build_student, layer_types, student_config, zoo_teacher
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.sizes import causal_lm_class
@@ -61,17 +61,17 @@ def recipe_file(tmp_path, **changes):
 def test_figures_are_those_of_whole_models_with_another_mixer(family, tmp_path):
     ref = resolve_teacher(str(tiny_teacher(family, tmp_path, num_hidden_layers=3)))
     model = ref.load()
-    twin = attention_twin(ref, model, torch.float32)
+    teacher_model = zoo_teacher(ref, model, torch.float32)
     recipe = Recipe("test", "hedgehog", [], student_options=HEDGEHOG)
     config = student_config(ref, recipe, layer_types(ref, recipe, []))
     student = build_student(ref, model, config, "hedgehog", torch.float32, 0).eval()
     ids = torch.randint(3, 310, (2, 24), generator=torch.Generator().manual_seed(0))
     seq_ids = torch.tensor([[0] * 10 + [1] * 14, [0] * 24])
-    found = measure_layers(twin, student, PackedTokens(ids, seq_ids, "test", TextHashes("test")))
+    found = measure_layers(teacher_model, student, PackedTokens(ids, seq_ids, "test", TextHashes("test")))
     with torch.no_grad():
-        true = twin(ids, seq_ids=seq_ids).logits.double().log_softmax(-1)
+        true = teacher_model(ids, seq_ids=seq_ids).logits.double().log_softmax(-1)
     for i in range(3):
-        bypassed, swapped = copy.deepcopy(twin), copy.deepcopy(twin)
+        bypassed, swapped = copy.deepcopy(teacher_model), copy.deepcopy(teacher_model)
         for parameter in bypassed.model.layers[i].mixer.proj.o_proj.parameters():
             parameter.zero_()
         swapped.model.layers[i].mixer = student.model.layers[i].mixer

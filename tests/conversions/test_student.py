@@ -7,11 +7,11 @@ import torch
 
 from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.student import (
-    attention_twin,
     build_student,
     continue_from,
     layer_types,
     student_config,
+    zoo_teacher,
 )
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
@@ -162,10 +162,10 @@ def test_rwkv_students_start_as_radlads(teachers, family, mixer):
 @pytest.mark.parametrize("mixer", ["liger", "tova"])
 def test_students_without_new_parameters_are_the_teachers_attention(teachers, family, mixer):
     ref, model = teachers(family)
-    twin = attention_twin(ref, model, torch.float32)
+    teacher_model = zoo_teacher(ref, model, torch.float32)
     student = student_of((ref, model), mixer)
-    assert student.state_dict().keys() == twin.state_dict().keys()
-    assert all(torch.equal(tensor, twin.state_dict()[name]) for name, tensor in student.state_dict().items())
+    assert student.state_dict().keys() == teacher_model.state_dict().keys()
+    assert all(torch.equal(tensor, teacher_model.state_dict()[name]) for name, tensor in student.state_dict().items())
 
 
 @torch.no_grad()
@@ -229,13 +229,13 @@ def test_a_student_that_keeps_all_layers_is_the_teacher(teachers, variant, mixer
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_the_twin_is_the_teacher(teachers, variant):
+def test_the_teacher_in_the_zoo_block_is_the_teacher(teachers, variant):
     teacher = teachers(variant)
-    twin = attention_twin(*teacher, torch.float32)
-    torch.testing.assert_close(twin(some_ids()).logits, teacher[1](some_ids()).logits, rtol=1e-4, atol=1e-4)
-    assert not twin.training and not any(p.requires_grad for p in twin.parameters())
+    teacher_model = zoo_teacher(*teacher, torch.float32)
+    torch.testing.assert_close(teacher_model(some_ids()).logits, teacher[1](some_ids()).logits, rtol=1e-4, atol=1e-4)
+    assert not teacher_model.training and not any(p.requires_grad for p in teacher_model.parameters())
     kept = teacher[0].family.attention_types(teacher[0].config)
-    assert twin.config.layer_types == kept == [block.mixer.layer_type for block in twin.model.layers]
+    assert teacher_model.config.layer_types == kept == [block.mixer.layer_type for block in teacher_model.model.layers]
 
 
 @pytest.mark.parametrize("feature_map", ["softmax", "prototype"])

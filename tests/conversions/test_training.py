@@ -16,7 +16,7 @@ from rnnzoo.conversions.stages.align import AlignLayers, aligned_parameters
 from rnnzoo.conversions.stages.parameters import parts_of
 from rnnzoo.conversions.stages.train import Train, TrainEndToEnd
 from rnnzoo.conversions.stages.training import next_tokens, train_stage
-from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
+from rnnzoo.conversions.student import build_student, layer_types, student_config, zoo_teacher
 from rnnzoo.conversions.teachers import resolve_teacher
 
 from .tiny import tiny_teacher
@@ -38,8 +38,8 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def twin(teacher):
-    return attention_twin(*teacher, torch.float32)
+def teacher_model(teacher):
+    return zoo_teacher(*teacher, torch.float32)
 
 
 def student_of(teacher, mixer: str = "hedgehog", keep=()):
@@ -50,20 +50,20 @@ def student_of(teacher, mixer: str = "hedgehog", keep=()):
     return build_student(ref, model, config, mixer, torch.float32, 0)
 
 
-def trainer_of(cls, student, twin, folder, **stage):
+def trainer_of(cls, student, teacher_model, folder, **stage):
     arguments = training.TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[])
     stage = KINDS["align" if cls is AlignLayers else "train"]("test", **stage)
-    return cls(model=student, args=arguments, train_dataset=some_rows(), stage=stage, twin=twin)
+    return cls(model=student, args=arguments, train_dataset=some_rows(), stage=stage, teacher_model=teacher_model)
 
 
-def train(student, twin, folder, data=None, *, per_step: int = 2, kind: str = "train", callback=None, **stage):
+def train(student, teacher_model, folder, data=None, *, per_step: int = 2, kind: str = "train", callback=None, **stage):
     trains_all = stage.get("trains") == "all"
     stage = KINDS[kind]("test", **({"share": 1.0, "lr": 1e-3, "new_lr": 1e-2} | stage))
     align = aligned_parameters(stage, student) if kind == "align" else None
     return train_stage(
         AlignLayers if kind == "align" else TrainEndToEnd,
         student,
-        twin,
+        teacher_model,
         stage,
         some_rows() if data is None else data,
         folder,
@@ -93,9 +93,9 @@ def changed(before: dict, student) -> set[str]:
         {"kl": 0.3, "ce": 0.7, "z_loss": 0.01},
     ],
 )
-def test_loss_and_gradient_are_those_of_full_logits(teacher, twin, tmp_path, stage, documents):
+def test_loss_and_gradient_are_those_of_full_logits(teacher, teacher_model, tmp_path, stage, documents):
     student = student_of(teacher)
-    trainer = trainer_of(TrainEndToEnd, student, twin, tmp_path, **stage)
+    trainer = trainer_of(TrainEndToEnd, student, teacher_model, tmp_path, **stage)
     rows = some_rows(3, documents)
     ids, seq_ids = rows.input_ids.long(), rows.seq_ids.long()
     loss = trainer.compute_loss(student, {"input_ids": ids, "seq_ids": seq_ids})
@@ -108,7 +108,7 @@ def test_loss_and_gradient_are_those_of_full_logits(teacher, twin, tmp_path, sta
     kl, ce, z = [], [], []
     for row, part in parts:
         document = ids[row][seq_ids[row] == part][None]
-        ours, theirs = student(document, use_cache=False).logits[0], twin(document, use_cache=False).logits[0]
+        ours, theirs = student(document, use_cache=False).logits[0], teacher_model(document, use_cache=False).logits[0]
         p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
         kl.append((p.exp() * (p - q)).sum(-1))
         cut = 0 if stage.get("labels") == "teacher" else 1
@@ -132,7 +132,7 @@ def test_labels_stop_at_the_end_of_documents_and_rows():
 
 
 @pytest.mark.parametrize("kind", ["train", "align"])
-def test_accumulated_rows_are_one_batch(teacher, twin, tmp_path, kind):
+def test_accumulated_rows_are_one_batch(teacher, teacher_model, tmp_path, kind):
     """One step of 4 rows, one at a time: the optimiser sees the gradient of the mean loss of the four.
 
     Layers that are aligned have losses and limits of their own.
@@ -140,7 +140,7 @@ def test_accumulated_rows_are_one_batch(teacher, twin, tmp_path, kind):
     student, reference = student_of(teacher), student_of(teacher)
     rows = some_rows(4)
     cls = TrainEndToEnd if kind == "train" else AlignLayers
-    trainer = trainer_of(cls, reference, twin, tmp_path, **({} if kind == "align" else LOSSES))
+    trainer = trainer_of(cls, reference, teacher_model, tmp_path, **({} if kind == "align" else LOSSES))
     ids = rows.input_ids.long()
     loss = sum(trainer.loss(reference, row[None], None) for row in ids) / 4
     if kind == "train":  # rows of one document each have equally many labels, so this is the loss of the batch
@@ -155,7 +155,7 @@ def test_accumulated_rows_are_one_batch(teacher, twin, tmp_path, kind):
     handle = register_optimizer_step_pre_hook(keep_gradients)
     try:
         report = train(
-            student, twin, tmp_path / "s", rows, per_step=4, kind=kind, **({} if kind == "align" else LOSSES)
+            student, teacher_model, tmp_path / "s", rows, per_step=4, kind=kind, **({} if kind == "align" else LOSSES)
         )
     finally:
         handle.remove()
@@ -170,16 +170,18 @@ def test_accumulated_rows_are_one_batch(teacher, twin, tmp_path, kind):
             torch.testing.assert_close(seen[name], gradient * clip, rtol=1e-4, atol=1e-6)
 
 
-def test_alignment_measures_the_relative_error_of_each_mixer(teacher, twin, tmp_path):
+def test_alignment_measures_the_relative_error_of_each_mixer(teacher, teacher_model, tmp_path):
     ids = some_rows(2).input_ids.long()
-    same = attention_twin(*teacher, torch.float32).requires_grad_(True)
-    assert trainer_of(AlignLayers, same, twin, tmp_path).loss(same, ids, None).item() == 0.0
+    same = zoo_teacher(*teacher, torch.float32).requires_grad_(True)
+    assert trainer_of(AlignLayers, same, teacher_model, tmp_path).loss(same, ids, None).item() == 0.0
     student = student_of(teacher, keep=[0])
     student.model.layers[0].mixer.requires_grad_(False)
-    loss = trainer_of(AlignLayers, student, twin, tmp_path).loss(student, ids, None)
+    loss = trainer_of(AlignLayers, student, teacher_model, tmp_path).loss(student, ids, None)
     seen = {}
-    hook = twin.model.layers[1].mixer.register_forward_hook(lambda _, args, out: seen.update(x=args[0], y=out[0]))
-    twin(ids, use_cache=False)
+    hook = teacher_model.model.layers[1].mixer.register_forward_hook(
+        lambda _, args, out: seen.update(x=args[0], y=out[0])
+    )
+    teacher_model(ids, use_cache=False)
     hook.remove()
     said, _ = student.model.layers[1].mixer(seen["x"], None, student.model.make_context(2, LENGTH, ids.device))
     torch.testing.assert_close(loss, (said - seen["y"]).pow(2).sum() / seen["y"].pow(2).sum())
@@ -195,14 +197,14 @@ def test_alignment_measures_the_relative_error_of_each_mixer(teacher, twin, tmp_
         ("hedgehog", "align", "mixers", lambda name: "layers.1.mixer." in name and ".proj." not in name),
     ],
 )
-def test_only_what_the_stage_trains_changes(teacher, twin, tmp_path, mixer, kind, trains, expected):
+def test_only_what_the_stage_trains_changes(teacher, teacher_model, tmp_path, mixer, kind, trains, expected):
     student = student_of(teacher, mixer, keep=[0])
-    before, teacher_before = weights(student), weights(twin)
-    report = train(student, twin, tmp_path, kind=kind, **({} if kind == "align" else {"trains": trains}))
+    before, teacher_before = weights(student), weights(teacher_model)
+    report = train(student, teacher_model, tmp_path, kind=kind, **({} if kind == "align" else {"trains": trains}))
     assert report["tokens"] == 8 * LENGTH and report["loss_first"] > 0
     moved = changed(before, student)
     assert moved == {name for name in before if expected(name)}
-    assert not changed(teacher_before, twin)
+    assert not changed(teacher_before, teacher_model)
 
 
 @pytest.mark.parametrize("mixer", ["hedgehog", "supra", "mamba2"])
@@ -219,11 +221,11 @@ def test_parameters_from_the_teacher_are_told_from_new_ones(teacher, mixer):
     )
 
 
-def test_training_lowers_the_loss_and_reports_it(teacher, twin, tmp_path):
+def test_training_lowers_the_loss_and_reports_it(teacher, teacher_model, tmp_path):
     ids = some_rows(1).input_ids.expand(24, -1).contiguous()
     data = PackedTokens(ids, torch.zeros_like(ids), "test", TextHashes("test"))
     steps = []
-    report = train(student_of(teacher), twin, tmp_path, data, callback=lambda *step: steps.append(step))
+    report = train(student_of(teacher), teacher_model, tmp_path, data, callback=lambda *step: steps.append(step))
     assert report["loss_last"] < 0.8 * report["loss_first"]
     assert report["seconds"] > 0 and report["tokens"] == 24 * LENGTH
     assert steps[0][:2] == (0, 24 * LENGTH) and steps[-1][:2] == (24 * LENGTH, 24 * LENGTH)
@@ -245,13 +247,13 @@ def stop_at(tokens: int):
 
 
 @pytest.mark.parametrize("steps", [2, 7])
-def test_a_stopped_stage_ends_at_the_same_weights(teacher, twin, tmp_path, steps):
+def test_a_stopped_stage_ends_at_the_same_weights(teacher, teacher_model, tmp_path, steps):
     whole, stopped = student_of(teacher), student_of(teacher)
-    expected = train(whole, twin, tmp_path / "whole", some_rows(16))
+    expected = train(whole, teacher_model, tmp_path / "whole", some_rows(16))
     with pytest.raises(Stop):
-        train(stopped, twin, tmp_path / "stopped", some_rows(16), callback=stop_at(steps * 2 * LENGTH))
+        train(stopped, teacher_model, tmp_path / "stopped", some_rows(16), callback=stop_at(steps * 2 * LENGTH))
     again = student_of(teacher)
-    report = train(again, twin, tmp_path / "stopped", some_rows(16))
+    report = train(again, teacher_model, tmp_path / "stopped", some_rows(16))
     assert not changed(weights(whole), again)
     assert (report["loss_first"], report["loss_last"]) == (expected["loss_first"], expected["loss_last"])
     one, two = (training.read_metrics(tmp_path / name) for name in ("whole", "stopped"))
@@ -261,18 +263,18 @@ def test_a_stopped_stage_ends_at_the_same_weights(teacher, twin, tmp_path, steps
     assert seconds == sorted(seconds)
 
 
-def test_a_stage_that_was_done_but_not_recorded_is_not_done_again(teacher, twin, tmp_path):
+def test_a_stage_that_was_done_but_not_recorded_is_not_done_again(teacher, teacher_model, tmp_path):
     first, again = student_of(teacher), student_of(teacher)
-    expected = train(first, twin, tmp_path)
-    assert train(again, twin, tmp_path) == expected
+    expected = train(first, teacher_model, tmp_path)
+    assert train(again, teacher_model, tmp_path) == expected
     assert not changed(weights(first), again)
 
 
-def test_checkpoints_that_were_cut_off_do_not_count(teacher, twin, tmp_path):
+def test_checkpoints_that_were_cut_off_do_not_count(teacher, teacher_model, tmp_path):
     whole = student_of(teacher)
-    train(whole, twin, tmp_path / "whole")
+    train(whole, teacher_model, tmp_path / "whole")
     with pytest.raises(Stop):
-        train(student_of(teacher), twin, tmp_path / "cut", callback=stop_at(3 * 2 * LENGTH))
+        train(student_of(teacher), teacher_model, tmp_path / "cut", callback=stop_at(3 * 2 * LENGTH))
     newest = training.newest_checkpoint(tmp_path / "cut")
     assert newest is not None
     (newest / training.COMPLETE).unlink()
@@ -280,25 +282,25 @@ def test_checkpoints_that_were_cut_off_do_not_count(teacher, twin, tmp_path):
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "los')
     again = student_of(teacher)
-    train(again, twin, tmp_path / "cut")
+    train(again, teacher_model, tmp_path / "cut")
     assert not changed(weights(whole), again)
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
 
 
-def test_a_batch_larger_than_the_text_is_all_of_it(teacher, twin, tmp_path):
-    report = train(student_of(teacher), twin, tmp_path, some_rows(3), per_step=50)
+def test_a_batch_larger_than_the_text_is_all_of_it(teacher, teacher_model, tmp_path):
+    report = train(student_of(teacher), teacher_model, tmp_path, some_rows(3), per_step=50)
     assert report["tokens"] == 3 * LENGTH and report["loss_first"] == report["loss_last"]
 
 
-def test_bfloat16_training_keeps_float32_weights(teacher, twin, tmp_path):
+def test_bfloat16_training_keeps_float32_weights(teacher, teacher_model, tmp_path):
     student = student_of(teacher)
     stage = Train("test", share=1.0)
-    rough = attention_twin(*teacher, torch.bfloat16)
+    rough = zoo_teacher(*teacher, torch.bfloat16)
     settings = dict(trains=lambda name: ".mixer." in name, batch_tokens=2 * LENGTH, seed=0, progress=lambda *_: None)
     report = train_stage(TrainEndToEnd, student, rough, stage, some_rows(), tmp_path / "b", bf16=True, **settings)
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     exact = train_stage(
-        TrainEndToEnd, student_of(teacher), twin, stage, some_rows(), tmp_path / "f", bf16=False, **settings
+        TrainEndToEnd, student_of(teacher), teacher_model, stage, some_rows(), tmp_path / "f", bf16=False, **settings
     )
     assert report["loss_first"] == pytest.approx(exact["loss_first"], rel=0.05)

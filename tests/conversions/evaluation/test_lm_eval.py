@@ -15,7 +15,7 @@ import yaml
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `eval`)")
 
 from rnnzoo.conversions.evaluation.harness import lm_eval_tasks
-from rnnzoo.conversions.student import attention_twin
+from rnnzoo.conversions.student import zoo_teacher
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.supra.configuration_supra import SupraConfig
@@ -34,13 +34,13 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("lm-eval")
     teacher = tiny_teacher("llama", root)
     found = resolve_teacher(str(teacher))
-    twin = root / "twin"
-    same = attention_twin(found, found.load(), torch.float32)
+    teacher_model = root / "teacher_model"
+    same = zoo_teacher(found, found.load(), torch.float32)
     fields = {k: v for k, v in same.config.to_dict().items() if k not in ("model_type", "architectures", "layer_types")}
     hybrid = SupraForCausalLM(SupraConfig(**fields, layer_types=["full_attention"] * found.config.num_hidden_layers))
     hybrid.load_state_dict(same.state_dict())
-    hybrid.save_pretrained(twin)
-    found.tokenizer().save_pretrained(twin)
+    hybrid.save_pretrained(teacher_model)
+    found.tokenizer().save_pretrained(teacher_model)
     tasks = root / "tasks"
     tasks.mkdir()
     rows = [
@@ -71,7 +71,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     }
     for task in (choice, written):
         (tasks / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
-    return {"hf": teacher, "rnnzoo": twin, "tasks": tasks, "root": root}
+    return {"hf": teacher, "rnnzoo": teacher_model, "tasks": tasks, "root": root}
 
 
 def answers(folders: dict[str, Path], model: str, *, batch_size: int, runner: str) -> dict[str, list]:

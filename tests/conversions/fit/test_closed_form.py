@@ -14,7 +14,7 @@ from rnnzoo.conversions.fit.observe import observe, token_weights
 from rnnzoo.conversions.layers import InMemoryLayers
 from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.stages.calibrate import fit_layers
-from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
+from rnnzoo.conversions.student import build_student, layer_types, student_config, zoo_teacher
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.zoo.core.mixer import Mixer
 from rnnzoo.zoo.core.registry import ATTENTION_TYPES, known_mixers, mixer_class
@@ -54,12 +54,12 @@ def models(teacher, name: str, keep=(), dtype=torch.float64):
     recipe = Recipe("test", name, [])
     config = student_config(ref, recipe, layer_types(ref, recipe, list(keep)))
     student = build_student(ref, model, config, name, torch.float32, 0).eval().to(dtype)
-    return student, attention_twin(ref, model, torch.float32).to(dtype)
+    return student, zoo_teacher(ref, model, torch.float32).to(dtype)
 
 
-def fitted(student, twin, data, how, **settings) -> list[dict]:
+def fitted(student, teacher_model, data, how, **settings) -> list[dict]:
     """What the layers report of their fit, the student being changed in place."""
-    layers = InMemoryLayers(twin, student)
+    layers = InMemoryLayers(teacher_model, student)
     fit_layers(layers, data, how, **settings)
     return layers.reports()
 
@@ -102,13 +102,15 @@ def dense(y, wanted, old, ridge, weights=None):
 @pytest.mark.parametrize("name", SOME)
 def test_every_layer_is_the_dense_solution_on_the_students_own_inputs(teacher, name, weighting):
     """Inputs and streams are those of the finished student: a layer has seen the refit of those before it."""
-    student, twin = models(teacher, name)
+    student, teacher_model = models(teacher, name)
     old = [block.mixer.output_projection().weight.clone() for block in student.model.layers]
     old_bias = [block.mixer.output_projection().bias for block in student.model.layers]
     old_bias = [None if bias is None else bias.detach().clone() for bias in old_bias]
     data = some_rows()
-    fitted(student, twin, data, ClosedForm(("output",), 0.05, 0.5, weighting))
-    ours, theirs = ([seen_by(model, data[i]["input_ids"]) for i in range(len(data))] for model in (student, twin))
+    fitted(student, teacher_model, data, ClosedForm(("output",), 0.05, 0.5, weighting))
+    ours, theirs = (
+        [seen_by(model, data[i]["input_ids"]) for i in range(len(data))] for model in (student, teacher_model)
+    )
     for layer, block in enumerate(student.model.layers):
         y = rows(ours, layer, "given")
         stream = rows(theirs, layer, "stream")
@@ -134,11 +136,13 @@ def test_every_layer_is_the_dense_solution_on_the_students_own_inputs(teacher, n
 
 @pytest.mark.parametrize("name", ["linear_attention", "gla"])
 def test_the_scale_of_a_head_is_its_own_least_squares(llama, name):
-    student, twin = models(llama, name)
+    student, teacher_model = models(llama, name)
     old = [block.mixer.proj.o_proj.weight.clone() for block in student.model.layers]
     data = some_rows()
-    fitted(student, twin, data, ClosedForm(("scale",), correct=0.0, weighting="none"))
-    ours, theirs = ([seen_by(model, data[i]["input_ids"]) for i in range(len(data))] for model in (student, twin))
+    fitted(student, teacher_model, data, ClosedForm(("scale",), correct=0.0, weighting="none"))
+    ours, theirs = (
+        [seen_by(model, data[i]["input_ids"]) for i in range(len(data))] for model in (student, teacher_model)
+    )
     taken = 0
     for layer, block in enumerate(student.model.layers):
         said, taught = rows(ours, layer, "given"), rows(theirs, layer, "given")
@@ -154,10 +158,10 @@ def test_the_scale_of_a_head_is_its_own_least_squares(llama, name):
 
 def test_decays_come_from_how_far_the_teachers_heads_look(llama):
     """ln 2 over the mean distance, by the dense matrix of weights; the first four tokens do not count."""
-    student, twin = models(llama, "gated_delta_net")
+    student, teacher_model = models(llama, "gated_delta_net")
     ids = some_rows(1)[0]["input_ids"]
-    fitted(student, twin, rows_of(ids[None]), ClosedForm(("decay",)))
-    for layer, block in zip(observe(twin, ids, False, 0), student.model.layers, strict=True):
+    fitted(student, teacher_model, rows_of(ids[None]), ClosedForm(("decay",)))
+    for layer, block in zip(observe(teacher_model, ids, False, 0), student.model.layers, strict=True):
         k = layer.turned_k.repeat_interleave(3, 1)
         scores = torch.einsum("thd,shd->hts", layer.turned_q, k) * 8**-0.5
         time = torch.arange(len(ids))
@@ -172,74 +176,74 @@ def test_decays_come_from_how_far_the_teachers_heads_look(llama):
 
 
 def test_distances_stay_within_a_document(llama):
-    _, twin = models(llama, "gla", dtype=torch.float32)
+    _, teacher_model = models(llama, "gla", dtype=torch.float32)
     ids = some_rows(1, 60)[0]["input_ids"]
-    mixer, hidden = twin.model.layers[0].mixer, twin.model.embed_tokens(ids)[None]
+    mixer, hidden = teacher_model.model.layers[0].mixer, teacher_model.model.embed_tokens(ids)[None]
     apart, packed = Distances(mixer), Distances(mixer)
     for part in hidden.split(20, 1):
-        apart.add(part, twin.model.make_context(1, 20, ids.device))
+        apart.add(part, teacher_model.model.make_context(1, 20, ids.device))
     documents = torch.arange(60)[None] // 20
-    packed.add(hidden, twin.model.make_context(1, 60, ids.device, seq_ids=documents))
+    packed.add(hidden, teacher_model.model.make_context(1, 60, ids.device, seq_ids=documents))
     torch.testing.assert_close(apart.mean(), packed.mean(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
 def test_no_student_gets_worse_on_the_calibration_text(llama, name):
     """The error of a layer's refit, which `fit_layers` reports, and the distance of the last hidden states."""
-    student, twin = models(llama, name, dtype=torch.float32)
+    student, teacher_model = models(llama, name, dtype=torch.float32)
     data, parts = some_rows(), ("decay", "scale", "output")
-    found = fitted(student, twin, data, ClosedForm(parts))
+    found = fitted(student, teacher_model, data, ClosedForm(parts))
     assert [layer["layer"] for layer in found] == [0, 1, 2]
     for layer in found:
         assert layer["after"] <= layer["before"] + 1e-9 and layer["after"] < 1.5
     assert all(bool(p.isfinite().all()) for p in student.parameters())
     again, _ = models(llama, name, dtype=torch.float32)
-    fitted(again, twin, data, ClosedForm(parts))
+    fitted(again, teacher_model, data, ClosedForm(parts))
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", SOME)
 @torch.no_grad()
 def test_the_refitted_student_is_nearer_to_the_teacher(llama, name):
-    student, twin = models(llama, name)
+    student, teacher_model = models(llama, name)
     data = some_rows(4, 64)
     ids = data.input_ids.long()
 
     def divergence() -> float:
-        p, q = (model(ids, use_cache=False).logits.log_softmax(-1) for model in (twin, student))
+        p, q = (model(ids, use_cache=False).logits.log_softmax(-1) for model in (teacher_model, student))
         return float((p.exp() * (p - q)).sum(-1).mean())
 
     before = divergence()
-    fitted(student, twin, data, ClosedForm(("decay", "scale", "output"), 0.03))
+    fitted(student, teacher_model, data, ClosedForm(("decay", "scale", "output"), 0.03))
     assert divergence() < 0.9 * before
 
 
 def test_only_the_layers_asked_for_change_and_kept_ones_are_passed_over(llama):
-    student, twin = models(llama, "gla", keep=[0])
+    student, teacher_model = models(llama, "gla", keep=[0])
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    found = fitted(student, twin, some_rows(), ClosedForm(), only=[0, 2])
+    found = fitted(student, teacher_model, some_rows(), ClosedForm(), only=[0, 2])
     assert [layer["layer"] for layer in found] == [2]
     changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {"model.layers.2.mixer.proj.o_proj.weight", "model.layers.2.mixer.forget_up.bias"}
 
 
 def test_token_weights_are_the_mean_squared_gradients_of_the_layers(llama):
-    _, twin = models(llama, "gla", dtype=torch.float32)
+    _, teacher_model = models(llama, "gla", dtype=torch.float32)
     ids = some_rows(1)[0]["input_ids"]
-    expected = torch.stack([layer.gradient.square().mean(-1) for layer in observe(twin, ids, True, 7)])
-    torch.testing.assert_close(token_weights(twin, ids, None, 7), expected)
+    expected = torch.stack([layer.gradient.square().mean(-1) for layer in observe(teacher_model, ids, True, 7)])
+    torch.testing.assert_close(token_weights(teacher_model, ids, None, 7), expected)
     documents = (torch.arange(len(ids)) >= 30).long()
-    apart = token_weights(twin, ids, documents, 7)
+    apart = token_weights(teacher_model, ids, documents, 7)
     assert apart.shape == expected.shape and not torch.allclose(apart, expected)
 
 
 def test_weights_of_tokens_enter_the_fit(llama):
     """Tokens of weight zero might as well not be there; here they are the second row."""
     data, how = some_rows(2), ClosedForm(("output",), 0.03, weighting="gradient", correct=0.0)
-    (one, twin), (two, _) = models(llama, "gla"), models(llama, "gla")
+    (one, teacher_model), (two, _) = models(llama, "gla"), models(llama, "gla")
     weights = torch.ones(3, 2, 48)
     weights[:, 1] = 0
-    fitted(one, twin, data, how, weights=weights)
-    fitted(two, twin, data.rows(0, 1), how)
+    fitted(one, teacher_model, data, how, weights=weights)
+    fitted(two, teacher_model, data.rows(0, 1), how)
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)

@@ -13,7 +13,7 @@ from rnnzoo.conversions.fit.state_errors import measure_states
 from rnnzoo.conversions.layers import InMemoryLayers
 from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.stages.calibrate import fit_layers
-from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
+from rnnzoo.conversions.student import build_student, layer_types, student_config, zoo_teacher
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.zoo.core.registry import mixer_class
 
@@ -34,14 +34,14 @@ def teacher(request, tmp_path_factory):
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_measured_errors_are_those_of_a_dense_mask(teacher, sinks):
     """|| W_o (attention cut to window and sinks - attention) ||^2, head by head, times the mean of the gradient^2."""
-    twin, data = attention_twin(*teacher, torch.float32), some_rows()
-    measured = measure_states(twin, data, sinks, seed=5)
+    teacher_model, data = zoo_teacher(*teacher, torch.float32), some_rows()
+    measured = measure_states(teacher_model, data, sinks, seed=5)
     assert measured.windows == (1, 2, 4, 8, 16, 32) and measured.widths == (0,)
     time = data.seq_len
     distance = torch.arange(time)[:, None] - torch.arange(time)[None]
     total = torch.zeros_like(measured.errors)
     for number in range(len(data)):
-        observed = observe(twin, data[number]["input_ids"], True, 5 + number)
+        observed = observe(teacher_model, data[number]["input_ids"], True, 5 + number)
         for i, layer in enumerate(observed):
             groups = layer.q.shape[1] // layer.k.shape[1]
             keys, values = (x.repeat_interleave(groups, 1) for x in (layer.turned_k, layer.v))
@@ -68,17 +68,18 @@ def test_errors_beside_a_linear_state_are_those_of_the_layer_itself(teacher, row
     """With one kv head changed at a time: the mixer's output against attention's, on the sequences not fitted to."""
     monkeypatch.setattr(state_errors, "LINEAR_WINDOWS", state_errors.WINDOWS)
     ref, model = teacher
-    twin, data = attention_twin(*teacher, torch.float32), some_rows(rows, 32)
-    measured = measure_states(twin, data, 2, 5, [3, 0, 6], mixer_class("hedgehog"))
+    teacher_model, data = zoo_teacher(*teacher, torch.float32), some_rows(rows, 32)
+    measured = measure_states(teacher_model, data, 2, 5, [3, 0, 6], mixer_class("hedgehog"))
     assert measured.widths == (0, 3, 6) and measured.windows == (1, 2, 4, 8, 16)
     row = data[rows - 1]["input_ids"]
-    observed = observe(twin, row, True, 5 + rows - 1)
+    observed = observe(teacher_model, row, True, 5 + rows - 1)
     seen: list = []
     hooks = [
-        b.mixer.register_forward_hook(lambda _, args, out: seen.append((args[0], out[0]))) for b in twin.model.layers
+        b.mixer.register_forward_hook(lambda _, args, out: seen.append((args[0], out[0])))
+        for b in teacher_model.model.layers
     ]
     with torch.no_grad():
-        twin(row[None], use_cache=False)
+        teacher_model(row[None], use_cache=False)
     for hook in hooks:
         hook.remove()
     heads = measured.errors.shape[1]
@@ -91,7 +92,7 @@ def test_errors_beside_a_linear_state_are_those_of_the_layer_itself(teacher, row
                 recipe = Recipe("test", "hedgehog", [], student_options=options)
                 config = student_config(ref, recipe, layer_types(ref, recipe, []))
                 student = build_student(ref, model, config, "hedgehog", torch.float32, 0).eval()
-                fit_layers(InMemoryLayers(twin, student), data, ClosedForm(()), features=5)
+                fit_layers(InMemoryLayers(teacher_model, student), data, ClosedForm(()), features=5)
                 ctx = student.model.make_context(1, 32, row.device)
                 for i, (block, (given, wanted)) in enumerate(zip(student.model.layers, seen, strict=True)):
                     with torch.no_grad():
@@ -126,9 +127,9 @@ def test_between_measured_windows_the_gain_is_interpolated():
     assert torch.equal(state_errors._interpolated(values[:, :1], [4], [1, 8]), torch.tensor([[0.5, 0.5]]))
 
 
-def test_measuring_twice_gives_the_same_and_a_bfloat16_twin_nearly(teacher):
+def test_measuring_twice_gives_the_same_and_a_bfloat16_teacher_nearly(teacher):
     data = some_rows(1)
-    once, twice = (measure_states(attention_twin(*teacher, torch.float32), data, 2, 0).errors for _ in range(2))
+    once, twice = (measure_states(zoo_teacher(*teacher, torch.float32), data, 2, 0).errors for _ in range(2))
     assert torch.equal(once, twice)
-    rough = measure_states(attention_twin(*teacher, torch.bfloat16), data, 2, 0).errors
+    rough = measure_states(zoo_teacher(*teacher, torch.bfloat16), data, 2, 0).errors
     assert torch.corrcoef(torch.stack([once.flatten(), rough.flatten()]))[0, 1] > 0.98

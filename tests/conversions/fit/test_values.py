@@ -29,12 +29,12 @@ def teacher(request, tmp_path_factory):
     return ref, ref.load()
 
 
-def layer_of(student, twin, data, number: int = 0, **how) -> tuple[Layer, list[Stream]]:
+def layer_of(student, teacher_model, data, number: int = 0, **how) -> tuple[Layer, list[Stream]]:
     """A layer that its teacher has taught, and the student's streams before it."""
-    theirs, ours = ([Stream.of(model, data[i]) for i in range(len(data))] for model in (twin, student))
-    blocks = twin.model.layers[number], student.model.layers[number]
+    theirs, ours = ([Stream.of(model, data[i]) for i in range(len(data))] for model in (teacher_model, student))
+    blocks = teacher_model.model.layers[number], student.model.layers[number]
     layer = Layer(*blocks, blocks[1].mixer.output_projection(), ClosedForm(("values",), **how), None)
-    for streams, model in ((theirs, twin), (ours, student)):
+    for streams, model in ((theirs, teacher_model), (ours, student)):
         for stream in streams:
             for block in model.model.layers[:number]:
                 stream.advance(block)
@@ -62,8 +62,8 @@ def mixing(values: Values, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("name", LINEAR)
 @torch.no_grad()
 def test_values_are_the_dense_solution(teacher, name, weighting):
-    student, twin = models(teacher, name)
-    layer, streams = layer_of(student, twin, some_rows(2, 24), weighting=weighting)
+    student, teacher_model = models(teacher, name)
+    layer, streams = layer_of(student, teacher_model, some_rows(2, 24), weighting=weighting)
     layer.sums(streams)
     values = Values.of(layer.ours, layer.output, HEADS, streams[0])
     assert values is not None and values.kv_heads in (2, 6)
@@ -88,20 +88,20 @@ def test_values_are_the_dense_solution(teacher, name, weighting):
 @pytest.mark.parametrize("name", NOT_LINEAR)
 @torch.no_grad()
 def test_mixers_that_are_not_linear_in_their_values_keep_them(teacher, name):
-    student, twin = models(teacher, name, dtype=torch.float32)
+    student, teacher_model = models(teacher, name, dtype=torch.float32)
     if (output := student.model.layers[0].mixer.output_projection()) is not None:
         stream = Stream.of(student, some_rows()[0])
         assert Values.of(student.model.layers[0], output, HEADS, stream) is None
     before = {key: tensor.clone() for key, tensor in student.state_dict().items()}
-    fit_layers(InMemoryLayers(twin, student), some_rows(), ClosedForm(("values",)))
+    fit_layers(InMemoryLayers(teacher_model, student), some_rows(), ClosedForm(("values",)))
     assert all(torch.equal(before[key], tensor) for key, tensor in student.state_dict().items())
 
 
 @torch.no_grad()
 def test_documents_of_a_row_are_apart(teacher):
-    student, twin = models(teacher, "gla")
+    student, teacher_model = models(teacher, "gla")
     ids = some_rows(1, 40)[0]["input_ids"]
-    packed, _ = layer_of(student, twin, rows_of(ids[None], torch.arange(40)[None] // 20))
+    packed, _ = layer_of(student, teacher_model, rows_of(ids[None], torch.arange(40)[None] // 20))
     p = Values.of(packed.ours, packed.output, HEADS, stream := Stream.of(student, rows_of(ids[None])[0]))
     alone = [Stream.of(student, rows_of(part[None])[0]) for part in ids.split(20)]
     both = Stream.of(student, rows_of(ids[None], torch.arange(40)[None] // 20)[0])
@@ -114,7 +114,7 @@ def test_documents_of_a_row_are_apart(teacher):
 def test_values_change_where_the_layer_gains_by_them(teacher, parts):
     """A student whose values were spoilt gets them back; what noise asks for makes the layer worse."""
     for noise in (False, True):
-        student, twin = models(teacher, "liger")
+        student, teacher_model = models(teacher, "liger")
         data = some_rows(6, 96)
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -122,7 +122,7 @@ def test_values_change_where_the_layer_gains_by_them(teacher, parts):
             if not noise:
                 projection.weight += 0.5 * projection.weight.std() * torch.randn_like(projection.weight)
             before = projection.weight.clone()
-            layer, streams = layer_of(student, twin, data)
+            layer, streams = layer_of(student, teacher_model, data)
             layer.how = ClosedForm(parts)
             if noise:
                 layer.heads = [torch.randn_like(x) for x in layer.heads]

@@ -16,7 +16,7 @@ from rnnzoo.conversions.fit.trained_errors import measure_trained
 from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.recipes.load import load_recipe
 from rnnzoo.conversions.run_folder import Run
-from rnnzoo.conversions.student import attention_twin, budget_of, build_student, layer_types, student_config
+from rnnzoo.conversions.student import budget_of, build_student, layer_types, student_config, zoo_teacher
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.sizes import causal_lm_class, state_bytes
@@ -46,9 +46,9 @@ def student_of(teacher, keep=(1,), **options):
 
 
 def test_an_untrained_student_without_features_leaves_what_windows_alone_leave(teacher):
-    twin, data = attention_twin(*teacher, torch.float32), some_rows()
+    teacher_model, data = zoo_teacher(*teacher, torch.float32), some_rows()
     _, student = student_of(teacher, feature_widths=[0, 0, 0], window_sizes=[[3, 5], [], [8, 1]])
-    ours, alone = measure_trained(twin, student, data, 3), measure_states(twin, data, 2, 3)
+    ours, alone = measure_trained(teacher_model, student, data, 3), measure_states(teacher_model, data, 2, 3)
     assert ours.windows == (1, 2, 3, 4, 5, 8, 16)
     common = [ours.windows.index(w) for w in alone.windows]
     torch.testing.assert_close(ours.errors[[0, 2]][..., common], alone.errors[[0, 2]], rtol=1e-3, atol=1e-7)
@@ -57,17 +57,17 @@ def test_an_untrained_student_without_features_leaves_what_windows_alone_leave(t
 
 def test_errors_of_a_trained_student_are_those_of_its_layers(teacher):
     """With one query group's outputs left at a time, in the student and in the teacher."""
-    twin, data = attention_twin(*teacher, torch.float32), some_rows(1)
+    teacher_model, data = zoo_teacher(*teacher, torch.float32), some_rows(1)
     _, student = student_of(teacher, feature_widths=[4, 0, 2], window_sizes=[[3, 5], [], [8, 1]])
     generator = torch.Generator().manual_seed(1)
     for parameter in student.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    measured = measure_trained(twin, student, data, 3)
+    measured = measure_trained(teacher_model, student, data, 3)
     ids = data[0]["input_ids"]
-    observed = observe(twin, ids, True, 3)
+    observed = observe(teacher_model, ids, True, 3)
     ctx = student.model.make_context(1, len(ids), ids.device)
     for i, sizes in ((0, [3, 5]), (2, [8, 1])):
-        theirs, ours = twin.model.layers[i].mixer, student.model.layers[i].mixer
+        theirs, ours = teacher_model.model.layers[i].mixer, student.model.layers[i].mixer
         groups = ours.proj.num_heads // 2
         weight = float((observed[i].gradient ** 2).sum(-1).mean())
         for head, window in enumerate(sizes):
@@ -90,9 +90,9 @@ def only(mixer, columns: slice, hidden: torch.Tensor, ctx) -> torch.Tensor:
 
 
 def test_the_same_bytes_leave_no_more_error_than_before(teacher):
-    twin, data = attention_twin(*teacher, torch.float32), some_rows()
+    teacher_model, data = zoo_teacher(*teacher, torch.float32), some_rows()
     recipe, student = student_of(teacher, feature_widths=[4, 0, 2], window_sizes=[[16, 1], [], [1, 2]])
-    measured = measure_trained(twin, student, data, 3)
+    measured = measure_trained(teacher_model, student, data, 3)
     config, record = budget_of(teacher[0], recipe, torch.float32).divide_again(student.config, measured)
     assert record["error"] < record["error_before"] and record["tokens_moved"] > 0
     assert config.feature_widths == [4, 0, 2] and config.layer_types == student.config.layer_types

@@ -19,7 +19,7 @@ from rnnzoo.conversions.recipes.load import load_recipe
 from rnnzoo.conversions.recipes.prepare import prepare_recipe
 from rnnzoo.conversions.stages import calibrate
 from rnnzoo.conversions.stages.calibrate import Calibrate, loss_behind
-from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
+from rnnzoo.conversions.student import build_student, layer_types, student_config, zoo_teacher
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
 
@@ -41,7 +41,7 @@ def job_of(teacher, student: str, stage: Calibrate, rows: int = 4):
     config = student_config(teacher, recipe, layer_types(teacher, recipe, []))
     job = types.SimpleNamespace(
         recipe=recipe,
-        twin=attention_twin(teacher, model, torch.float32),
+        teacher_model=zoo_teacher(teacher, model, torch.float32),
         folder=Path(),
         bf16=False,
         seed=0,

@@ -11,7 +11,7 @@ from rnnzoo.conversions.fit.closed_form import ClosedForm
 from rnnzoo.conversions.layers import InMemoryLayers
 from rnnzoo.conversions.precision import mixed_precision
 from rnnzoo.conversions.stages.calibrate import fit_layers
-from rnnzoo.conversions.student import attention_twin
+from rnnzoo.conversions.student import zoo_teacher
 from rnnzoo.conversions.teachers import resolve_teacher
 
 from ..tiny import tiny_teacher
@@ -60,8 +60,10 @@ def test_every_closed_form_ends_at_the_same_fit_in_both_precisions(trained, name
     losses = []
     for bf16 in (False, True):
         student = student_of(trained, name)
-        twin = attention_twin(*trained, torch.bfloat16 if bf16 else torch.float32)
-        losses.append(fit_layers(InMemoryLayers(twin, student), data, ClosedForm(parts, 0.1), judge=data, bf16=bf16))
+        teacher_model = zoo_teacher(*trained, torch.bfloat16 if bf16 else torch.float32)
+        losses.append(
+            fit_layers(InMemoryLayers(teacher_model, student), data, ClosedForm(parts, 0.1), judge=data, bf16=bf16)
+        )
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 

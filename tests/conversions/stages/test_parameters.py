@@ -12,7 +12,7 @@ from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.stages.align import Align, AlignLayers, aligned_parameters
 from rnnzoo.conversions.stages.parameters import decay_names, parts_of
 from rnnzoo.conversions.stages.training import train_stage
-from rnnzoo.conversions.student import attention_twin, build_student, layer_types, student_config
+from rnnzoo.conversions.student import build_student, layer_types, student_config, zoo_teacher
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
 from rnnzoo.zoo.core.registry import architectures, mixer_class
@@ -101,7 +101,7 @@ def test_align_trains_what_is_new_in_every_student(teachers, tmp_path, mixer):
     train_stage(
         AlignLayers,
         student,
-        attention_twin(*teacher, torch.float32),
+        zoo_teacher(*teacher, torch.float32),
         stage,
         PackedTokens(ids, torch.zeros_like(ids), "test", TextHashes("test")),
         tmp_path,

@@ -13,7 +13,7 @@ from rnnzoo.conversions.stages.end_to_end import check_lora, lora_targets, train
 from rnnzoo.conversions.stages.parameters import parts_of
 from rnnzoo.conversions.stages.train import Train, TrainEndToEnd
 from rnnzoo.conversions.stages.training import TrainingArguments
-from rnnzoo.conversions.student import attention_twin
+from rnnzoo.conversions.student import zoo_teacher
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
 
@@ -27,34 +27,38 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def twin(teacher):
-    return attention_twin(*teacher, torch.float32)
+def teacher_model(teacher):
+    return zoo_teacher(*teacher, torch.float32)
 
 
 def stage_of(**settings) -> Train:
     return Train("distill", **({"share": 1.0, "lr": 1e-3, "new_lr": 1e-2} | settings))
 
 
-def trainer_of(student, twin, folder, **settings):
+def trainer_of(student, teacher_model, folder, **settings):
     arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[])
     return TrainEndToEnd(
-        model=student, args=arguments, train_dataset=random_rows(2), stage=stage_of(**settings), twin=twin
+        model=student,
+        args=arguments,
+        train_dataset=random_rows(2),
+        stage=stage_of(**settings),
+        teacher_model=teacher_model,
     )
 
 
-def divergences(student, twin, ids, top=None):
+def divergences(student, teacher_model, ids, top=None):
     """(KL(teacher || student), KL(student || teacher)), over the classes kept and the rest."""
-    p, q = (model(ids, use_cache=False).logits.softmax(-1) for model in (twin, student))
+    p, q = (model(ids, use_cache=False).logits.softmax(-1) for model in (teacher_model, student))
     if top:
         indices = p.topk(top, -1).indices
         p, q = (torch.cat([x.gather(-1, indices), 1 - x.gather(-1, indices).sum(-1, True)], -1) for x in (p, q))
     return (p * (p / q).log()).sum(-1).mean(), (q * (q / p).log()).sum(-1).mean()
 
 
-def test_both_divergences_are_mixed_by_their_weights(teacher, twin, tmp_path):
+def test_both_divergences_are_mixed_by_their_weights(teacher, teacher_model, tmp_path):
     student, ids = student_of(teacher), random_rows(3).input_ids.long()
-    loss = trainer_of(student, twin, tmp_path, kl=0.3, reverse_kl=2.0).loss(student, ids, None)
-    forward, backward = divergences(student, twin, ids)
+    loss = trainer_of(student, teacher_model, tmp_path, kl=0.3, reverse_kl=2.0).loss(student, ids, None)
+    forward, backward = divergences(student, teacher_model, ids)
     torch.testing.assert_close(loss, 0.3 * forward + 2.0 * backward, rtol=1e-4, atol=1e-5)
     parameter = student.model.layers[0].mixer.proj.v_proj.weight
     (found,) = torch.autograd.grad(loss, parameter)
@@ -63,10 +67,10 @@ def test_both_divergences_are_mixed_by_their_weights(teacher, twin, tmp_path):
 
 
 @pytest.mark.parametrize("documents", [1, 3])
-def test_kept_predictions_are_the_teachers(teacher, twin, tmp_path, documents):
+def test_kept_predictions_are_the_teachers(teacher, teacher_model, tmp_path, documents):
     """Over the K likeliest and the rest, with each document on its own, through the files."""
     student, rows = student_of(teacher), random_rows(5, documents=documents)
-    per_shard = write_shards(lambda: twin, rows, 6, tmp_path, lambda *_: None, 320)
+    per_shard = write_shards(lambda: teacher_model, rows, 6, tmp_path, lambda *_: None, 320)
     kept = CachedRows(rows, tmp_path, per_shard)
     trainer = trainer_of(student, None, tmp_path, kl=0.5, reverse_kl=0.25, ce=1.0, labels="teacher")
     for number in range(5):
@@ -74,22 +78,23 @@ def test_kept_predictions_are_the_teachers(teacher, twin, tmp_path, documents):
         loss = trainer.compute_loss(student, row)
         parts = [row["input_ids"][row["seq_ids"] == document][None] for document in range(documents)]
         forward, backward = (
-            sum(divergences(student, twin, part, 6)[i] * part.numel() for part in parts) / LENGTH for i in (0, 1)
+            sum(divergences(student, teacher_model, part, 6)[i] * part.numel() for part in parts) / LENGTH
+            for i in (0, 1)
         )
         entropy = sum(
             torch.nn.functional.cross_entropy(
-                student(part, use_cache=False).logits[0], twin(part).logits[0].argmax(-1), reduction="sum"
+                student(part, use_cache=False).logits[0], teacher_model(part).logits[0].argmax(-1), reduction="sum"
             )
             for part in parts
         )
         torch.testing.assert_close(loss, 0.5 * forward + 0.25 * backward + entropy / LENGTH, rtol=1e-4, atol=1e-5)
 
 
-def test_shards_that_are_there_are_not_made_again(twin, tmp_path, monkeypatch):
+def test_shards_that_are_there_are_not_made_again(teacher_model, tmp_path, monkeypatch):
     """Killed while a shard is written: what was whole stays as it is, what was not is made as it would have been."""
     rows = random_rows(5)
     monkeypatch.setattr(cached_teacher, "SHARD_BYTES", 2 * LENGTH * (8 * 4 + 4))
-    write_shards(lambda: twin, rows, 4, tmp_path / "whole", lambda *_: None, 320)
+    write_shards(lambda: teacher_model, rows, 4, tmp_path / "whole", lambda *_: None, 320)
     whole = {file.name: file for file in (tmp_path / "whole").iterdir()}
     assert sorted(whole) == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
 
@@ -98,11 +103,11 @@ def test_shards_that_are_there_are_not_made_again(twin, tmp_path, monkeypatch):
             raise Stop
 
     with pytest.raises(Stop):
-        write_shards(lambda: twin, rows, 4, tmp_path / "cut", stop, 320)
+        write_shards(lambda: teacher_model, rows, 4, tmp_path / "cut", stop, 320)
     assert [file.name for file in (tmp_path / "cut").iterdir()] == ["00000.safetensors"]
     first = (tmp_path / "cut" / "00000.safetensors").stat().st_mtime_ns
     (tmp_path / "cut" / "00001.safetensors.partial").write_bytes(b"half")
-    per_shard = write_shards(lambda: twin, rows, 4, tmp_path / "cut", lambda *_: None, 320)
+    per_shard = write_shards(lambda: teacher_model, rows, 4, tmp_path / "cut", lambda *_: None, 320)
     assert (tmp_path / "cut" / "00000.safetensors").stat().st_mtime_ns == first
     one, two = (CachedRows(rows, tmp_path / name, per_shard) for name in ("whole", "cut"))
     for number in range(5):
@@ -134,7 +139,7 @@ def test_training_on_kept_predictions_does_not_run_the_teacher(teacher, tmp_path
     stage, rows = stage_of(cache_top_k=5), random_rows(4)
     job = OneStage(teacher, tmp_path, rows=rows)
     calls = []
-    hook = job.twin.model.register_forward_hook(lambda *_: calls.append(1))
+    hook = job.teacher_model.model.register_forward_hook(lambda *_: calls.append(1))
     job.do(stage, student_of(teacher))
     hook.remove()
     assert len(calls) == len(rows)
@@ -199,10 +204,10 @@ def test_targets_that_the_mixers_lack_are_told(teacher):
 # Learning rates ------------------------------------------------------------------------------------------------------
 
 
-def test_each_part_has_its_own_learning_rate(teacher, twin, tmp_path):
+def test_each_part_has_its_own_learning_rate(teacher, teacher_model, tmp_path):
     student = student_of(teacher, keep=[0])
     rates = {"lr": 1e-3, "new_lr": 2e-3, "rest_lr": 3e-3, "attention_lr": 4e-3}
-    trainer = trainer_of(student, twin, tmp_path, trains="all", **rates)
+    trainer = trainer_of(student, teacher_model, tmp_path, trains="all", **rates)
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     found = {}
     for group in trainer.create_optimizer().param_groups:

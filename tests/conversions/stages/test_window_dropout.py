@@ -7,7 +7,7 @@ import torch
 
 from rnnzoo.conversions.recipes.prepare import prepare_recipe
 from rnnzoo.conversions.stages.window_dropout import kept_share, reduced_windows
-from rnnzoo.conversions.student import attention_twin
+from rnnzoo.conversions.student import zoo_teacher
 from rnnzoo.conversions.teachers import resolve_teacher
 from rnnzoo.kernels.errors import RnnzooError
 
@@ -23,8 +23,8 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def twin(teacher):
-    return attention_twin(*teacher, torch.float32)
+def teacher_model(teacher):
+    return zoo_teacher(*teacher, torch.float32)
 
 
 def test_as_many_rows_are_reduced_as_asked_for_half_of_them_to_nothing():
@@ -66,9 +66,9 @@ def test_reduced_windows_are_shorter_or_only_the_linear_branch_and_whole_again_a
     assert mixer.lengths == lengths and torch.equal(student(ids, use_cache=False).logits, whole)
 
 
-def test_a_step_learns_from_the_reduced_window(teacher, twin, tmp_path):
+def test_a_step_learns_from_the_reduced_window(teacher, teacher_model, tmp_path):
     student, ids = student_of(teacher), some_rows(1).input_ids.long()
-    trainer = trainer_of(EndToEnd, student, twin, tmp_path, window_dropout=1.0)
+    trainer = trainer_of(EndToEnd, student, teacher_model, tmp_path, window_dropout=1.0)
     inputs = {"input_ids": ids, "seq_ids": torch.zeros_like(ids)}
     with trainer.loss_as_forward():
         found = trainer.compute_loss(student, inputs)
@@ -81,15 +81,15 @@ def test_a_step_learns_from_the_reduced_window(teacher, twin, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["train", "align"])
-def test_a_stopped_stage_drops_the_same_windows(teacher, twin, tmp_path, kind):
+def test_a_stopped_stage_drops_the_same_windows(teacher, teacher_model, tmp_path, kind):
     whole, stopped, again, plain = (student_of(teacher) for _ in range(4))
     settings = {"kind": kind, "window_dropout": 0.5}
-    train(whole, twin, tmp_path / "whole", some_rows(12), **settings)
+    train(whole, teacher_model, tmp_path / "whole", some_rows(12), **settings)
     with pytest.raises(Stop):
-        train(stopped, twin, tmp_path / "stopped", some_rows(12), callback=stop_at(6 * LENGTH), **settings)
-    train(again, twin, tmp_path / "stopped", some_rows(12), **settings)
+        train(stopped, teacher_model, tmp_path / "stopped", some_rows(12), callback=stop_at(6 * LENGTH), **settings)
+    train(again, teacher_model, tmp_path / "stopped", some_rows(12), **settings)
     assert not changed(weights(whole), again)
-    train(plain, twin, tmp_path / "plain", some_rows(12), kind=kind)
+    train(plain, teacher_model, tmp_path / "plain", some_rows(12), kind=kind)
     assert changed(weights(whole), plain)
 
 
