@@ -19,14 +19,14 @@ from .run_folder import write_json
 from .student import build_student, continue_from, layer_types, student_config, zoo_teacher
 from .teachers import TeacherRef
 
-__all__ = ["Part", "Progress", "StageContext"]
+__all__ = ["Progress", "StageContext", "StageRun"]
 
 EVALUATION_CHARACTERS = 400_000
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class StageRun:
     """What one stage of a run is given.
 
     Attributes:
@@ -43,7 +43,7 @@ class StageContext:
     """One conversion, as its stages see it. Heavy things (teacher, data) are made when a stage first needs them.
 
     Attributes:
-        folder: of the run, for what has to outlive a stop: `folder / part.name` is the stage's own.
+        folder: of the run, for what has to outlive a stop: `folder / stage_run.name` is the stage's own.
         data, text_field: as `open_corpus` takes them; data None: the default text.
         chat_data: sources of chats and preferences, for stages that name none.
         dtype: of the saved weights; bfloat16 also says that stages compute under autocast.
@@ -119,7 +119,7 @@ class StageContext:
         return self.packed("calibration", self.recipe.calibration_tokens)
 
     def training(self) -> PackedTokens:
-        """The rows of the training text, of which each `Part` has its own."""
+        """The rows of the training text, of which each `StageRun` has its own."""
         return self.packed("training", self.recipe.tokens)
 
     def packed(self, name: str, tokens: int, length: int | None = None) -> PackedTokens:

@@ -13,7 +13,7 @@ from ..kernels.errors import RnnzooError
 from .context import Progress, StageContext
 from .data import open_corpus
 from .energy import check_energy, measured_energy
-from .pipeline import Pipeline, check_goes_on
+from .pipeline import Pipeline
 from .processes import Processes
 from .recipes import Recipe
 from .recipes.prepare import check_inputs, check_offload, check_processes, prepare_recipe
@@ -113,7 +113,6 @@ def convert(
                 return join_run(out)
             stack.enter_context(alone_in(out))
             run = open_run(out, request, restart)
-            check_goes_on(run, offload)
             if run.created:
                 stack.enter_context(alone_in(out))
             return run

@@ -124,8 +124,8 @@ class TrainingFromScratch:
     # Training ------------------------------------------------------------------------------------------------------
 
     def steps(self) -> int:
-        wanted = self._wanted_tokens() or self.rows.num_tokens
-        return max(1, self.settings.steps or wanted // self._step_tokens())
+        tokens = self._wanted_tokens() or self.rows.num_tokens
+        return max(1, self.settings.steps or tokens // self._step_tokens())
 
     def arguments(self, folder: Path) -> TrainingArguments:
         own, steps = self.settings, self.steps()
@@ -174,8 +174,8 @@ class TrainingFromScratch:
             eval_dataset=self.eval_rows,
             data_collator=rows_to_batch,
         )
-        told = lambda done, total, info: self.progress(STAGE, done, total, info)  # noqa: E731
-        report = run_trainer(trainer, folder, self._step_tokens(), told)
+        report_progress = lambda done, total, info: self.progress(STAGE, done, total, info)  # noqa: E731
+        report = run_trainer(trainer, folder, self._step_tokens(), report_progress)
         measured = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         trainer.save_model(str(folder / "model"))  # gathers what is spread over devices
         if self.main:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..zoo.core.heads import RecurrentForCausalLM
 from ..zoo.core.model import RecurrentBlock
 from ..zoo.core.registry import ATTENTION_TYPES
-from .context import Part, StageContext
+from .context import StageContext, StageRun
 from .data import PackedTokens
 from .fit.closed_form import Stream
 
@@ -35,14 +35,14 @@ class Group:
     """Layers that are trained together.
 
     Attributes:
-        ours, theirs: student and teacher; of models on disk what training needs of one layer, under its own name.
+        student, teacher: of models on disk what training needs of one layer, under its own name.
         rows: of text; of models on disk with the teacher's `hidden` states (T, D) before the layer.
         folder: for checkpoints. number, count: its place among the groups of the stage.
         report: of the training, which whoever trains puts here.
     """
 
-    ours: Any
-    theirs: Any
+    student: Any
+    teacher: Any
     rows: Any
     folder: Path
     number: int = 0
@@ -54,13 +54,13 @@ class Layers:
     """What a stage is given to work layer by layer.
 
     Attributes:
-        ours, theirs: student and teacher; on disk they have contexts, and what `streams` and `head` give them for a
+        student_model, teacher_model: on disk they have contexts, and what `streams` and `head` give them for a
             while. student: what the stage hands on to the next one.
         first: the layer to begin with: those before it were kept when this run was stopped.
     """
 
-    ours: RecurrentForCausalLM
-    theirs: RecurrentForCausalLM
+    student_model: RecurrentForCausalLM
+    teacher_model: RecurrentForCausalLM
     student: Any
     first: int = 0
 
@@ -71,10 +71,10 @@ class Layers:
 
     @property
     def count(self) -> int:
-        return self.ours.config.num_hidden_layers
+        return self.student_model.config.num_hidden_layers
 
     def converted(self, number: int) -> bool:
-        return self.ours.config.layer_types[number] not in ATTENTION_TYPES
+        return self.student_model.config.layer_types[number] not in ATTENTION_TYPES
 
     def streams(self, rows: dict[str, tuple[bool, list[dict[str, Tensor]]]]) -> Streams:
         """Rows of text on their way through the models, before the layer `first`.
@@ -89,7 +89,7 @@ class Layers:
         raise NotImplementedError
 
     def set_aside(self, number: int, block: RecurrentBlock) -> None:
-        """Remembers our mixer as it is now, for `take_back`."""
+        """Remembers the student's mixer as it is now, for `take_back`."""
         raise NotImplementedError
 
     def keep(self, number: int, block: RecurrentBlock, report: dict[str, Any] | None, streams: Streams) -> None:
@@ -109,7 +109,7 @@ class Layers:
         raise NotImplementedError
 
     def groups(self, rows: PackedTokens) -> Iterator[Group]:
-        """What is trained together, one group after the other; training changes the mixers of `ours` in place."""
+        """What is trained together, one group after the other; training changes mixers of `student_model`."""
         raise NotImplementedError
 
 
@@ -121,11 +121,11 @@ class StudentOnDisk:
         raise NotImplementedError
 
 
-def open_layers(context: StageContext, student: Any, part: Part) -> Layers:
+def open_layers(context: StageContext, student: Any, stage_run: StageRun) -> Layers:
     """Those of a stage's student, and of the teacher."""
     if isinstance(student, StudentOnDisk):
-        return student.layers(part.name)
-    return InMemoryLayers(context.teacher_model, student, context.folder / part.name)
+        return student.layers(stage_run.name)
+    return InMemoryLayers(context.teacher_model, student, context.folder / stage_run.name)
 
 
 class InMemoryLayers(Layers):
@@ -135,24 +135,25 @@ class InMemoryLayers(Layers):
         folder: for checkpoints of training.
     """
 
-    def __init__(self, theirs: RecurrentForCausalLM, ours: RecurrentForCausalLM, folder: Path = Path()):
-        self.theirs, self.ours, self.student, self.folder = theirs, ours.eval(), ours, folder
+    def __init__(self, teacher_model: RecurrentForCausalLM, student_model: RecurrentForCausalLM, folder: Path = Path()):
+        self.teacher_model, self.folder = teacher_model, folder
+        self.student = self.student_model = student_model.eval()
         self._aside: dict[int, dict[str, Tensor]] = {}
         self._reports: list[dict[str, Any]] = []
 
     @property
     def device(self) -> torch.device:
-        return self.ours.model.embed_tokens.weight.device
+        return self.student_model.model.embed_tokens.weight.device
 
     def streams(self, rows: dict[str, tuple[bool, list[dict[str, Tensor]]]]) -> Streams:
         found = {}
         for name, (taught, given) in rows.items():
-            found[name] = [Stream.of(self.theirs if taught else self.ours, row) for row in given]
+            found[name] = [Stream.of(self.teacher_model if taught else self.student_model, row) for row in given]
         return found
 
     @contextlib.contextmanager
     def pair(self, number: int) -> Iterator[tuple[RecurrentBlock, RecurrentBlock]]:
-        yield self.theirs.model.layers[number], self.ours.model.layers[number]
+        yield self.teacher_model.model.layers[number], self.student_model.model.layers[number]
 
     def set_aside(self, number: int, block: RecurrentBlock) -> None:
         self._aside[number] = {name: tensor.clone() for name, tensor in block.mixer.state_dict().items()}
@@ -165,12 +166,12 @@ class InMemoryLayers(Layers):
 
     def take_back(self) -> None:
         for number, tensors in self._aside.items():
-            self.ours.model.layers[number].mixer.load_state_dict(tensors)
+            self.student_model.model.layers[number].mixer.load_state_dict(tensors)
 
     @contextlib.contextmanager
     def head(self) -> Iterator[RecurrentForCausalLM]:
-        yield self.ours
+        yield self.student_model
 
     def groups(self, rows: PackedTokens) -> Iterator[Group]:
-        yield (group := Group(self.ours, self.theirs, rows, self.folder))
+        yield (group := Group(self.student_model, self.teacher_model, rows, self.folder))
         self._reports.append(group.report)

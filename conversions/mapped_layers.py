@@ -62,8 +62,8 @@ class MappedStudent(StudentOnDisk):
         self.context, self.stage = context, stage
         self.teacher, self.folder = MappedTeacher(context.teacher), context.folder / "layers"
         config = student_config(context.teacher, context.recipe, layer_types(context.teacher, context.recipe, kept))
-        self.ours = _without_weights(config, context.recipe.student)
-        self.theirs = _without_weights(teacher_zoo_config(context.teacher), "full_attention")
+        self.student_model = _without_weights(config, context.recipe.student)
+        self.teacher_model = _without_weights(teacher_zoo_config(context.teacher), "full_attention")
         self.config, self.count = config, config.num_hidden_layers
 
     def after(self, stage: str) -> MappedStudent:
@@ -87,20 +87,20 @@ class MappedStudent(StudentOnDisk):
         """Starts every mixer from the teacher's attention."""
         for number in range(self.finished(), self.count):
             weights, _ = self.teacher.layer(number)
-            mixer = new_mixer(self.ours, number, weights, self.context.seed)
+            mixer = new_mixer(self.student_model, number, weights, self.context.seed)
             _write(self.mixer_file(number), mixer.state_dict())
             self.context.progress("initialise", number + 1, self.count, {})
 
     def pair(self, number: int) -> tuple[RecurrentBlock, RecurrentBlock]:
-        """The blocks of teacher and student; of ours the MLP alone is in the dtype of the run, in which it computes."""
+        """The blocks of teacher and student; of the student's only the MLP is in the dtype of the run."""
         dtype = self.context.dtype
         weights, shared = self.teacher.layer(number)
-        attention = mixer_class(self.theirs.config.layer_types[number])(self.theirs.config, number)
+        attention = mixer_class(self.teacher_model.config.layer_types[number])(self.teacher_model.config, number)
         attention.init_from_attention(weights)
-        theirs = block_of(self.theirs.config, number, attention.to(dtype), shared, dtype, dtype)
+        teacher_block = block_of(self.teacher_model.config, number, attention.to(dtype), shared, dtype, dtype)
         mixer = mixer_class(self.config.layer_types[number])(self.config, number)
         mixer.load_state_dict(_read(self.mixer_file(number)))
-        return theirs, block_of(self.config, number, mixer, shared, dtype, torch.float32)
+        return teacher_block, block_of(self.config, number, mixer, shared, dtype, torch.float32)
 
     def publish(self, run: Run) -> None:
         """The finished model, a file a layer, into OUT."""
@@ -126,7 +126,7 @@ class MappedStudent(StudentOnDisk):
         write_json(whole / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
         self.config.dtype = dtype
         self.config.save_pretrained(whole)
-        self.ours.generation_config.save_pretrained(whole)
+        self.student_model.generation_config.save_pretrained(whole)
         self.context.tokenizer.save_pretrained(whole)
         run.publish_folder(whole)
 
@@ -164,7 +164,7 @@ class MappedLayers(Layers):
 
     def __init__(self, before: MappedStudent, stage: str):
         self.before, self.student = before, before.after(stage)
-        self.ours, self.theirs = before.ours, before.theirs
+        self.student_model, self.teacher_model = before.student_model, before.teacher_model
         self.folder, self.dtype = before.folder / stage, before.context.dtype
         self.first = self.student.finished()
 
@@ -176,9 +176,9 @@ class MappedLayers(Layers):
             shutil.rmtree(self.folder)
             self.student.finished()
         found: Streams = defaultdict(list)
-        with self._filled(self.theirs, self.dtype), self._filled(self.ours, torch.float32):
+        with self._filled(self.teacher_model, self.dtype), self._filled(self.student_model, torch.float32):
             for name, (taught, given) in rows.items():
-                model, dtype = (self.theirs, self.dtype) if taught else (self.ours, torch.float32)
+                model, dtype = (self.teacher_model, self.dtype) if taught else (self.student_model, torch.float32)
                 found[name] = [Stream.of(model, row, dtype) for row in given]
         for name in found:
             for i, stream in enumerate(found[name] if saved else ()):
@@ -218,33 +218,37 @@ class MappedLayers(Layers):
 
     @contextlib.contextmanager
     def head(self) -> Iterator[RecurrentForCausalLM]:
-        with self._filled(self.ours, torch.float32):
-            self.ours.lm_head.weight = nn.Parameter(self.ours.lm_head.weight.to(self.dtype), requires_grad=False)
-            yield self.ours
+        with self._filled(self.student_model, torch.float32):
+            self.student_model.lm_head.weight = nn.Parameter(
+                self.student_model.lm_head.weight.to(self.dtype), requires_grad=False
+            )
+            yield self.student_model
 
     def groups(self, rows: PackedTokens) -> Iterator[Group]:
         """The layers by themselves, each on the hidden states that the teacher's layers before it have made."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as a Trainer chooses
-        shape = len(rows), rows.seq_len, self.ours.config.hidden_size
+        shape = len(rows), rows.seq_len, self.student_model.config.hidden_size
         if self.first == 0:
-            with self._filled(self.theirs, self.dtype):
-                self._make_hidden(0, shape, lambda row: Stream.of(self.theirs, rows[row], self.dtype).hidden)
+            with self._filled(self.teacher_model, self.dtype):
+                self._make_hidden(0, shape, lambda row: Stream.of(self.teacher_model, rows[row], self.dtype).hidden)
         for number in range(self.first, self.count):
-            theirs, ours = self.before.pair(number)
+            teacher_block, student_block = self.before.pair(number)
             before = self._map(self._file("hidden", number), shape)
-            behind = functools.partial(_behind, theirs.to(device), self.theirs, rows, before, self.dtype)
+            behind = functools.partial(_behind, teacher_block.to(device), self.teacher_model, rows, before, self.dtype)
             self._make_hidden(number + 1, shape, behind)
             folder, report = self.folder / f"layer-{number}", None
             if self.converted(number):
-                learner = OneLayer(self.ours, number, mixer=ours.mixer)
-                teacher = OneLayer(self.theirs, number, mixer=theirs.mixer, input_layernorm=theirs.input_layernorm)
+                learner = OneLayer(self.student_model, number, mixer=student_block.mixer)
+                teacher = OneLayer(
+                    self.teacher_model, number, mixer=teacher_block.mixer, input_layernorm=teacher_block.input_layernorm
+                )
                 group = Group(learner, teacher, HiddenRows(rows, before), folder, number, self.count)
                 yield group
                 report = group.report
-            _write(self.student.mixer_file(number), ours.mixer.state_dict(), report)
+            _write(self.student.mixer_file(number), student_block.mixer.state_dict(), report)
             self._file("hidden", number).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
-            del theirs, ours, before, behind
+            del teacher_block, student_block, before, behind
             return_freed_memory()
         self._file("hidden", self.count).unlink(missing_ok=True)
 
@@ -292,7 +296,7 @@ class OneLayer(nn.Module):
 
 
 class HiddenRows(Dataset):
-    """Rows of text with hidden states (N, T, D) of theirs."""
+    """Rows of text with their hidden states (N, T, D)."""
 
     def __init__(self, rows: PackedTokens, hidden: Tensor):
         self.rows, self.hidden, self.seq_len = rows, hidden, rows.seq_len

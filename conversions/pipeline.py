@@ -10,9 +10,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from ..kernels.errors import RnnzooError
 from ..zoo.core.sizes import causal_lm_class
-from .context import Part, StageContext
+from .context import StageContext, StageRun
 from .mapped_layers import MappedStudents
 from .ranking import load_ranking, rank_layers, save_ranking
 from .recipes import keep_steps, parse_keep
@@ -22,21 +21,7 @@ from .sharding import is_sharded, whole_model
 from .stages import Stage
 from .stages.ladder import held_out_perplexity
 
-__all__ = ["Pipeline", "check_goes_on"]
-
-
-def check_goes_on(run: Run, offload: bool) -> None:
-    """Refuses to go on with a run that keeps its student elsewhere: on disk a layer at a time, or whole.
-
-    Raises:
-        RnnzooError: says how it was begun.
-    """
-    whole = run.student_folder() is not None
-    if run.stages and run.record(FINISHED) is None and whole == offload:
-        raise RnnzooError(
-            f"{run.out} holds a run that was begun {'without' if whole else 'with'} --offload; go on "
-            f"{'without' if whole else 'with'} it, choose another folder, or discard that run with --restart."
-        )
+__all__ = ["Pipeline"]
 
 
 class WholeStudents:
@@ -117,14 +102,14 @@ class Pipeline:
         text = stage.name if stage.own_rows else "training"
         first = used.get(text, 0)
         used[text] = first + rows
-        part = Part(f"{prefix}{stage.name}", range(first, first + rows), fresh)
-        if self.run.record(part.name) is not None or not stage.takes(self.context.recipe, rows):
+        stage_run = StageRun(f"{prefix}{stage.name}", range(first, first + rows), fresh)
+        if self.run.record(stage_run.name) is not None or not stage.takes(self.context.recipe, rows):
             return student
-        work = functools.partial(stage.run, self.context, student, part)
+        work = functools.partial(stage.run, self.context, student, stage_run)
         if stage.together:
             trained = self._whole(work())
             work = lambda: trained  # noqa: E731
-        return self._by_main(part.name, work)
+        return self._by_main(stage_run.name, work)
 
     def _prepare(self) -> None:
         for stage in self.context.recipe.stages:

@@ -24,7 +24,7 @@ from ..kernels.files import replace_text
 from ..kernels.losses import linear_kl
 from ..zoo.core.heads import RecurrentForCausalLM
 from ..zoo.core.mixer import Context
-from .context import Part, StageContext
+from .context import StageContext, StageRun
 from .recipes import Recipe
 from .recipes.keep import check_ranking
 from .teachers import TeacherRef
@@ -68,7 +68,7 @@ def calibrated_student(context: StageContext) -> Any:
     for stage in context.recipe.stages:
         if (first := stage.for_ranking()) is None:
             break  # what comes after training is for a trained student
-        student, _ = first.run(context, student, Part("select", range(0), layers))
+        student, _ = first.run(context, student, StageRun("select", range(0), layers))
     return student
 
 

@@ -87,8 +87,8 @@ def train(
             run = open_run(out, request, restart) if main else join_run(out)
             if run.created:
                 stack.enter_context(alone_in(out))
-            told = (main and progress) or (lambda *_: None)
-            job = TrainingFromScratch(run, made, words, corpus, held_out, settings, processes, told)
+            report = (main and progress) or (lambda *_: None)
+            job = TrainingFromScratch(run, made, words, corpus, held_out, settings, processes, report)
             try:
                 with user_errors(stopped):
                     job.prepare()

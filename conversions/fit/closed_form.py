@@ -88,8 +88,8 @@ def context_of(model: RecurrentForCausalLM, row: dict[str, Tensor], device: torc
 
 
 def fit_layer(
-    theirs: RecurrentBlock,
-    ours: RecurrentBlock,
+    teacher_block: RecurrentBlock,
+    student_block: RecurrentBlock,
     how: ClosedForm,
     teachers: list[Stream],
     students: list[Stream],
@@ -98,61 +98,72 @@ def fit_layer(
     """Refits our block's mixer in place, and moves the teacher's streams on where it does.
 
     Args:
-        theirs, ours: the blocks of the two. teachers, students: the same rows of text before them.
+        teacher_block, student_block: the blocks of the two. teachers, students: the same rows of text before them.
         weights: (N, T), of the tokens in the least squares; None: all alike.
     Returns:
         The relative squared errors of the layer's output `before` and `after`, weighted as the fit is, and whether its
         `values` are among what is new. None: the mixer has no output projection, and all is as it was.
     """
-    output = ours.mixer.output_projection()
+    output = student_block.mixer.output_projection()
     if output is None:
         return None
-    layer = Layer(theirs, ours, output, how, weights)
+    layer = Layer(teacher_block, student_block, output, how, weights)
     layer.teach(teachers)
     before, after = layer.fit(students)
     return {"before": before, "after": after, "values": layer.values_refitted}
 
 
 class Layer:
-    """A converted layer, and what its teacher said of the calibration text.
+    """A converted layer, and what its teacher gives for the calibration text.
 
     Args:
-        theirs, ours: the blocks of the two. output: the last linear layer of ours. weights: (N, T), or None.
+        teacher_block, student_block: of the two models. output: the last linear layer. weights: (N, T), or None.
     """
 
     def __init__(
-        self, theirs: RecurrentBlock, ours: RecurrentBlock, output: nn.Linear, how: ClosedForm, weights: Tensor | None
+        self,
+        teacher_block: RecurrentBlock,
+        student_block: RecurrentBlock,
+        output: nn.Linear,
+        how: ClosedForm,
+        weights: Tensor | None,
     ):
-        self.theirs, self.ours, self.output, self.how, self.gradients = theirs, ours, output, how, weights
+        self.teacher_block, self.student_block, self.output, self.how, self.gradients = (
+            teacher_block,
+            student_block,
+            output,
+            how,
+            weights,
+        )
         self.heads: list[Tensor] = []  # (T, H * d) each, before the teacher's W_o
-        self.wanted: list[Tensor] = []  # (T, D): attention(h) + correct h
+        self.targets: list[Tensor] = []  # (T, D): attention(h) + correct h
         self.streams: list[Tensor] = []  # (T, D): h behind the layer
         self.weights: list[Tensor | None] = []  # (T,): of the tokens in the least squares
         self.values_refitted = False
-        self.fits_heads = theirs.mixer.proj.o_proj.in_features == output.in_features
+        self.fits_heads = teacher_block.mixer.proj.o_proj.in_features == output.in_features
 
     def teach(self, streams: list[Stream]) -> None:
-        """Moves the teacher's streams on, keeps what its attention said, and sets our decay."""
-        mixer = self.theirs.mixer
-        distances = Distances(mixer) if "decay" in self.how.parts and self.ours.mixer.has_decay() else None
+        """Moves the teacher's streams on, keeps what its attention gives, and sets our decay."""
+        mixer = self.teacher_block.mixer
+        distances = Distances(mixer) if "decay" in self.how.parts and self.student_block.mixer.has_decay() else None
         for stream in streams:
             hidden = stream.hidden
             with caught(mixer) as layer, caught(mixer.proj.o_proj) as projection:
-                stream.advance(self.theirs)
+                stream.advance(self.teacher_block)
             self.heads.append(projection.given[0])
-            self.wanted.append(layer.output[0].float() + self.how.correct * hidden[0].float())
+            self.targets.append(layer.output[0].float() + self.how.correct * hidden[0].float())
             self.streams.append(hidden[0] + layer.output[0])
             if distances is not None:
                 distances.add(layer.given, stream.ctx)
         if distances is not None:
-            self.ours.mixer.set_decay(-math.log(2) / distances.mean().to(self.output.weight.device))
+            self.student_block.mixer.set_decay(-math.log(2) / distances.mean().to(self.output.weight.device))
 
-    def weight_of(self, row: int, said: Tensor) -> Tensor | None:
-        """Of the tokens of a row in the least squares, (T,); said (T, D) is the student's stream behind the layer."""
+    def weight_of(self, row: int, output: Tensor) -> Tensor | None:
+        """Of the tokens of a row in the least squares, (T,); output (T, D) is the student's stream behind the layer."""
         if self.how.weighting == "norm":
             # Relative and robust (Cauchy's): squares of the few tokens that are far off would else hide all others.
             h = self.streams[row].float()
-            size, off = h.square().mean(-1).clamp(min=1e-12), (said.float() - h).square().mean(-1)
+            size, off = h.square().mean(-1).clamp(min=1e-12), (output.float() - h).square().mean(-1)
             return 1 / ((off / size).median().clamp(min=1e-6) * size + off)
         return None if self.gradients is None else self.gradients[row]
 
@@ -180,8 +191,8 @@ class Layer:
 
     def fit_values(self, streams: list[Stream], halves: tuple[Gram, Gram]) -> bool:
         """Whether the values are refitted now; halves: the sums of `sums` with the values as they were."""
-        heads = self.theirs.mixer.proj.num_heads
-        values = Values.of(self.ours, self.output, heads, streams[0])
+        heads = self.teacher_block.mixer.proj.num_heads
+        values = Values.of(self.student_block, self.output, heads, streams[0])
         if values is None:
             return False
         both, apart = values.fitted(streams, self.heads, self.weights, self.how.ridge)
@@ -198,30 +209,30 @@ class Layer:
         return True
 
     def sums(self, streams: list[Stream]) -> tuple[tuple[Gram, Gram], Tensor | None]:
-        """Over the inputs of our W_o, and <t_h, o_h> and <o_h, o_h> (2, H) where our heads are as wide as theirs.
+        """Over the inputs of W_o, and <t_h, o_h> and <o_h, o_h> (2, H) where heads are as wide as the teacher's.
 
         The two halves are every other row, or the two ends of the only one.
         """
         size = with_bias(self.output).shape[1], self.output.out_features, self.output.weight.device
         halves = Gram(*size), Gram(*size)
-        heads = self.theirs.mixer.proj.num_heads
+        heads = self.teacher_block.mixer.proj.num_heads
         dots = torch.zeros(2, heads, dtype=torch.float64, device=size[2]) if self.fits_heads else None
         for i, stream in enumerate(streams):
             with caught(self.output) as seen:
-                mixed = stream.mixed(self.ours)
-            if i == len(self.weights):  # of what the layer said first
+                mixed = stream.mixed(self.student_block)
+            if i == len(self.weights):  # of what the layer gave first
                 self.weights.append(self.weight_of(i, stream.hidden[0] + mixed[0]))
             weight = self.weights[i]
             y = seen.given[0].to(torch.promote_types(self.output.weight.dtype, torch.float32))
-            wanted = self.wanted[i].to(y) - self.how.correct * stream.hidden[0].to(y)
+            target = self.targets[i].to(y) - self.how.correct * stream.hidden[0].to(y)
             if dots is not None:
-                said, taught = (x.double().unflatten(-1, (heads, -1)) for x in (y, self.heads[i]))
+                student_heads, teacher_heads = (x.double().unflatten(-1, (heads, -1)) for x in (y, self.heads[i]))
                 share = 1.0 if weight is None else weight.double()[:, None, None]
-                dots += torch.stack([(x * said * share).sum((0, 2)) for x in (taught, said)])
+                dots += torch.stack([(x * student_heads * share).sum((0, 2)) for x in (teacher_heads, student_heads)])
             if self.output.bias is not None:
                 y = nn.functional.pad(y, (0, 1), value=1.0)
             for half, part in enumerate(torch.arange(len(y), device=y.device).chunk(2 if len(streams) == 1 else 1)):
-                halves[(i + half) % 2].add(y[part], wanted[part], None if weight is None else weight[part])
+                halves[(i + half) % 2].add(y[part], target[part], None if weight is None else weight[part])
         return halves, dots
 
 

@@ -65,24 +65,24 @@ def measure_trained(
 @torch.no_grad()
 def _errors(layer: Observed, mixer: Mixer, ctx: Context, windows: Sequence[int], seed: int) -> Tensor:
     """(Hk, windows) of one layer and sequence."""
-    ours = _as_seen(layer, mixer, ctx)
-    time, kv_heads, _ = ours.k.shape
+    student_heads = _as_seen(layer, mixer, ctx)
+    time, kv_heads, _ = student_heads.k.shape
     rows = fewer_rows(time, seed)
     weight = (layer.gradient**2).mean() * layer.gradient.shape[-1]
     result = torch.zeros(kv_heads, len(windows))
     for head in range(kv_heads):
         scores, distance = attention_scores(layer, rows, head)
-        wanted = residual(layer, head, scores.softmax(-1) @ layer.v[:, head])
-        scores, _ = attention_scores(ours, rows, head)
-        largest, values = scores.amax(-1, keepdim=True), with_ones(ours, head)
+        target = residual(layer, head, scores.softmax(-1) @ layer.v[:, head])
+        scores, _ = attention_scores(student_heads, rows, head)
+        largest, values = scores.amax(-1, keepdim=True), with_ones(student_heads, head)
         weights = (scores - largest).exp()
         for i, window in enumerate(windows):
             near = (distance < window) | (torch.arange(time)[None] < mixer.sinks)
             sums = (weights * near) @ values
             if mixer.features:
                 delay = torch.where(near, -torch.inf, (distance - window).float())
-                sums = sums + linear_sums(mixer, ours, rows, head, delay, largest, values)
-            difference = residual(ours, head, divided(sums)) - wanted
+                sums = sums + linear_sums(mixer, student_heads, rows, head, delay, largest, values)
+            difference = residual(student_heads, head, divided(sums)) - target
             result[head, i] = (difference**2).sum(-1).mean() * weight
     return result
 

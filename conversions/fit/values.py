@@ -92,12 +92,12 @@ class Values:
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(self.projection.out_features, self.inputs, generator=generator).to(p)
         with self.replaced(weight):
-            said = self.said(stream)
+            mixed = self.mixed_values(stream)
         with mixed_precision(p.device, False):
             expected = p.unflatten(1, (self.kv_heads, -1)) @ weight.unflatten(0, (self.kv_heads, -1)).mT
-        return said is not None and bool((said - expected.flatten(1, 2)).norm() < ROUNDING * said.norm())
+        return mixed is not None and bool((mixed - expected.flatten(1, 2)).norm() < ROUNDING * mixed.norm())
 
-    def said(self, stream: Stream) -> Tensor | None:
+    def mixed_values(self, stream: Stream) -> Tensor | None:
         """What the heads give, (T, H, V), float32 or float64; None where what is read is of another shape."""
         seen: list[Tensor] = []
         hook = self.reader.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -121,16 +121,16 @@ class Values:
             set_with_bias(self.projection, before)
 
     def summed(self, stream: Stream) -> Tensor | None:
-        """P, (T, H, D); None where `said` is."""
+        """P, (T, H, D); None where `mixed_values` is."""
         parts = []
         identity = torch.eye(self.inputs, dtype=self.projection.weight.dtype, device=self.projection.weight.device)
         for part in identity.split(self.width):
             weight = nn.functional.pad(part, (0, 0, 0, self.width - len(part))).repeat(self.kv_heads, 1)
             with self.replaced(weight):
-                said = self.said(stream)
-            if said is None:
+                mixed = self.mixed_values(stream)
+            if mixed is None:
                 return None
-            parts.append(said[..., : len(part)])
+            parts.append(mixed[..., : len(part)])
         return torch.cat(parts, -1)
 
     def fitted(
@@ -162,11 +162,11 @@ class Values:
             p = self.summed(stream)
             assert p is not None
             p = p.unflatten(1, (self.kv_heads, -1))
-            wanted = taught[i].to(p).unflatten(-1, (*p.shape[1:3], self.width))
+            target = taught[i].to(p).unflatten(-1, (*p.shape[1:3], self.width))
             weight = torch.ones(len(p), device=device) if weights[i] is None else weights[i]
             weight = weight[:, None].expand(p.shape[0], p.shape[2])
             for half, part in enumerate(torch.arange(len(p), device=device).chunk(2 if len(streams) == 1 else 1)):
                 for head, halves in enumerate(found):
-                    y, z = (x[part, head].flatten(0, 1) for x in (p, wanted))
+                    y, z = (x[part, head].flatten(0, 1) for x in (p, target))
                     halves[(i + half) % 2].add(y, z, weight[part].flatten())
         return found

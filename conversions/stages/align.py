@@ -20,7 +20,7 @@ from ...zoo.core.configuration import RecurrentConfig
 from ...zoo.core.heads import RecurrentForCausalLM
 from ...zoo.core.registry import ATTENTION_TYPES
 from ...zoo.core.sizes import causal_lm_class
-from ..context import Part, StageContext
+from ..context import StageContext, StageRun
 from ..layers import open_layers
 from ..recipes import Recipe
 from ..teachers import TeacherRef
@@ -117,20 +117,20 @@ class Align(TrainedStage):
         words = f"each converted layer learns {TARGETS[self.target]} of its teacher layer, from {inputs}{order}"
         return [words, ERRORS[self.loss] + weight, f"trains {TRAINED[self.trains][1]}", *super().describe(recipe)]
 
-    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+    def run(self, context: StageContext, student: Any, stage_run: StageRun) -> tuple[Any, dict[str, Any]]:
         """Trains what is new in the converted mixers, or all of these."""
-        rows = context.training().rows(part.rows.start, len(part.rows))
-        layers = open_layers(context, student, part)
+        rows = context.training().rows(stage_run.rows.start, len(stage_run.rows))
+        layers = open_layers(context, student, stage_run)
         for group in layers.groups(rows):
             group.report = train(
                 context,
                 AlignLayers,
-                group.ours,
+                group.student,
                 self,
-                part,
-                aligned_parameters(self, group.ours),
+                stage_run,
+                aligned_parameters(self, group.student),
                 data=group.rows,
-                teacher_model=group.theirs,
+                teacher_model=group.teacher,
                 folder=group.folder,
                 place=(group.number, group.count),
             )
@@ -183,8 +183,8 @@ class AlignLayers(StageTrainer):
             given = mixer_inputs(student, ids, seq_ids, layers)
         losses = []
         for i in layers:
-            said = what_it_does(_blocks(student)[i].mixer, given[i], ctx, stage.target)
-            losses.append(LOSSES[stage.loss](said, seen[i][1]))
+            output = what_it_does(_blocks(student)[i].mixer, given[i], ctx, stage.target)
+            losses.append(LOSSES[stage.loss](output, seen[i][1]))
         return stage.weight * torch.stack(losses).sum()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...kernels.errors import RnnzooError
 from ...zoo.core.registry import mixer_class
-from ..context import Part, StageContext
+from ..context import StageContext, StageRun
 from ..fit.trained_errors import measure_trained
 from ..recipes import Recipe
 from ..student import budget_of
@@ -52,11 +52,11 @@ class Allocate(Stage):
     def prepare(self, context: StageContext) -> None:
         context.calibration()
 
-    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+    def run(self, context: StageContext, student: Any, stage_run: StageRun) -> tuple[Any, dict[str, Any]]:
         """Other windows in as many bytes, the same weights."""
         started = time.monotonic()
         data = context.calibration()
-        report = lambda done, total: context.progress(part.name, done, total, {})  # noqa: E731
+        report = lambda done, total: context.progress(stage_run.name, done, total, {})  # noqa: E731
         measured = measure_trained(context.teacher_model, student.eval(), data, context.seed, report)
         budget = budget_of(context.teacher, context.recipe, context.dtype)
         config, record = budget.divide_again(student.config, measured)

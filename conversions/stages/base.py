@@ -23,7 +23,7 @@ import torch
 
 from ...kernels.errors import RnnzooError
 from ...zoo.core.configuration import RecurrentConfig
-from ..context import Part, StageContext
+from ..context import StageContext, StageRun
 from ..processes import rows_per_step
 from ..recipes import Recipe
 from ..teachers import TeacherRef
@@ -170,8 +170,8 @@ class Stage:
         """Whether there is something to do, where `rows` of the text are its share."""
         return True
 
-    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
-        """Does the work; a stage that was stopped in it goes on from what is in `context.folder / part.name`.
+    def run(self, context: StageContext, student: Any, stage_run: StageRun) -> tuple[Any, dict[str, Any]]:
+        """Does the work; a stage that was stopped in it goes on from what is in `context.folder / stage_run.name`.
 
         Args:
             student: as the stage before left it, in float32; may be changed.

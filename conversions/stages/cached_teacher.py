@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..context import Part, StageContext
+from ..context import StageContext, StageRun
 from ..data import PackedTokens
 from ..teachers.files import user_errors
 from .distilled import Distilled, teacher_model_of
@@ -76,13 +76,13 @@ def repeated(rows: Any, count: int, seed: int) -> Any:
 
 
 def cached_rows(
-    context: StageContext, stage: Distilled, top: int, part: Part, rows: PackedTokens
+    context: StageContext, stage: Distilled, top: int, stage_run: StageRun, rows: PackedTokens
 ) -> tuple[CachedRows, dict[str, Any]]:
     """The rows with the `top` predictions, made where they are missing; and what the stage reports of that."""
-    folder = context.folder / part.name / FOLDER
-    told = lambda done, total: context.progress(f"{part.name}, teacher", done, total, {})  # noqa: E731
+    folder = context.folder / stage_run.name / FOLDER
+    report = lambda done, total: context.progress(f"{stage_run.name}, teacher", done, total, {})  # noqa: E731
     vocabulary = context.teacher.config.vocab_size  # another teacher's head may have unused rows after these
-    per_shard = write_shards(lambda: teacher_model_of(context, stage), rows, top, folder, told, vocabulary)
+    per_shard = write_shards(lambda: teacher_model_of(context, stage), rows, top, folder, report, vocabulary)
     files = sorted(folder.glob("*.safetensors"))
     seconds = 0.0
     for file in files:
@@ -132,8 +132,8 @@ def _write_shard(teacher: Any, rows: PackedTokens, numbers: range, top: int, pat
         row = rows[number]
         seq_ids = None if bool((row["seq_ids"] == row["seq_ids"][0]).all()) else row["seq_ids"][None].to(device)
         with torch.no_grad():
-            told = teacher.model(input_ids=row["input_ids"][None].to(device), seq_ids=seq_ids, use_cache=False)
-            kept.append(likeliest(told.last_hidden_state[0], weight, top))
+            outputs = teacher.model(input_ids=row["input_ids"][None].to(device), seq_ids=seq_ids, use_cache=False)
+            kept.append(likeliest(outputs.last_hidden_state[0], weight, top))
     tensors = {name: torch.stack(parts).cpu() for name, parts in zip(_NAMES, zip(*kept, strict=True), strict=True)}
     partial = path.with_name(f"{path.name}.partial")
     with user_errors(f"The teacher's predictions cannot be saved to {path}"):

@@ -14,7 +14,7 @@ import torch
 from ...kernels.errors import RnnzooError
 from ...zoo.core.configuration import RecurrentConfig
 from ...zoo.core.registry import ATTENTION_TYPES, mixer_class
-from ..context import Part, StageContext
+from ..context import StageContext, StageRun
 from ..data import PackedTokens
 from ..evaluation.scoring import token_log_probs
 from ..fit.closed_form import ClosedForm, Stream, fit_layer
@@ -139,15 +139,15 @@ class Calibrate(Stage):
     def prepare(self, context: StageContext) -> None:
         context.calibration()
 
-    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+    def run(self, context: StageContext, student: Any, stage_run: StageRun) -> tuple[Any, dict[str, Any]]:
         """Windows for all converted layers; all else for those converted since the last calibration."""
         started = time.monotonic()
         parts = self.chosen(context.recipe)
         data = context.calibration()
         record: dict[str, Any] = {"parts": parts}
         if "windows" in parts:
-            student, record["allocation"] = self._with_state(context, student, part)
-        layers = open_layers(context, student, part)
+            student, record["allocation"] = self._with_state(context, student, stage_run)
+        layers = open_layers(context, student, stage_run)
         how = ClosedForm([name for name in parts if name not in WINDOW_PARTS], self.ridge, self.correct, self.weighting)
         # What layers gain one by one need not be a gain for the model: of three rows or more the last judges that.
         fitted = judge = data
@@ -159,26 +159,28 @@ class Calibrate(Stage):
             how,
             judge=judge,
             features=context.seed if "features" in parts else None,
-            only=part.fresh,
-            weights=gradient_weights(context, fitted, part) if how.parts and self.weighting == "gradient" else None,
+            only=stage_run.fresh,
+            weights=gradient_weights(context, fitted, stage_run)
+            if how.parts and self.weighting == "gradient"
+            else None,
             bf16=context.bf16,
-            report=lambda done, total: context.progress(part.name, done, total, {}),
+            report=lambda done, total: context.progress(stage_run.name, done, total, {}),
         )
         if losses is not None:
             record |= judged(layers, losses, parts)
         return layers.student, {"tokens": data.num_tokens, "seconds": round(time.monotonic() - started, 1)} | record
 
-    def _with_state(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+    def _with_state(self, context: StageContext, student: Any, stage_run: StageRun) -> tuple[Any, dict[str, Any]]:
         """The student with its budget divided among its layers, all that is trained as it was, and a record of it.
 
         Layers that are not new in this part keep the width of their linear state.
         """
         types, fixed = student.config.layer_types, {}
-        old = [i for i, kind in enumerate(types) if kind not in ATTENTION_TYPES and i not in part.fresh]
+        old = [i for i, kind in enumerate(types) if kind not in ATTENTION_TYPES and i not in stage_run.fresh]
         if self.feature_widths:
             widths = mixer_class(context.recipe.student).state_widths(student.config)
             fixed = {i: widths[i] for i in old}
-        report = lambda done, total: context.progress(part.name, done, total, {})  # noqa: E731
+        report = lambda done, total: context.progress(stage_run.name, done, total, {})  # noqa: E731
         config, record = self._spend(context, types, report, fixed, old)
         return context.rebuilt(config, student), record
 
@@ -235,36 +237,46 @@ def fit_layers(
     first = data[0]
     whole = [] if features is None else [first | {"seq_ids": torch.zeros_like(first["seq_ids"])}]
     streams = layers.streams(
-        {"theirs": (True, fitted), "ours": (False, fitted), "unfitted": (False, judging), "judged": (False, judging)}
+        {
+            "teacher": (True, fitted),
+            "student": (False, fitted),
+            "unfitted": (False, judging),
+            "judged": (False, judging),
+        }
         | {"whole": (True, whole)}
     )
     for number in range(layers.first, layers.count):
         chosen = layers.converted(number) and (only is None or number in only)
         found = None
-        with layers.pair(number) as (theirs, ours):
+        with layers.pair(number) as (teacher_block, student_block):
             for stream in streams["whole"]:
                 if chosen and features is not None:
-                    q, k, _ = (x[0].float() for x in theirs.mixer.proj.split(theirs.input_layernorm(stream.hidden)))
-                    ours.mixer.fit_features(q, k, stream.ctx, sample_rows(len(q), features), features)
-                stream.advance(theirs)
+                    q, k, _ = (
+                        x[0].float()
+                        for x in teacher_block.mixer.proj.split(teacher_block.input_layernorm(stream.hidden))
+                    )
+                    student_block.mixer.fit_features(q, k, stream.ctx, sample_rows(len(q), features), features)
+                stream.advance(teacher_block)
             if chosen and judging:
-                layers.set_aside(number, ours)
+                layers.set_aside(number, student_block)
             with mixed_precision(layers.device, bf16):
                 for stream in streams["unfitted"]:
-                    stream.advance(ours)
+                    stream.advance(student_block)
                 if chosen and how.parts:
                     of_layer = None if weights is None else weights[number]
-                    found = fit_layer(theirs, ours, how, streams["theirs"], streams["ours"], of_layer)
-                for stream in [*streams["ours"], *streams["judged"]]:
-                    stream.advance(ours)
-                for stream in streams["theirs"] if found is None else ():
-                    stream.advance(theirs)
+                    found = fit_layer(
+                        teacher_block, student_block, how, streams["teacher"], streams["student"], of_layer
+                    )
+                for stream in [*streams["student"], *streams["judged"]]:
+                    stream.advance(student_block)
+                for stream in streams["teacher"] if found is None else ():
+                    stream.advance(teacher_block)
             if found is not None and not math.isfinite(found["after"]):
                 raise RnnzooError(
                     f"The outputs of the student's layer {number} are not finite on the calibration text; leave the "
                     "calibrate stage out, or choose another student."
                 )
-            layers.keep(number, ours, None if found is None else {"layer": number} | found, streams)
+            layers.keep(number, student_block, None if found is None else {"layer": number} | found, streams)
         report(number + 1, layers.count)
     if not judging:
         return None
@@ -292,13 +304,13 @@ def loss_behind(model: Any, streams: list[Stream], rows: Sequence[dict[str, torc
     return loss if math.isfinite(loss) else math.inf
 
 
-def gradient_weights(context: StageContext, data: PackedTokens, part: Part) -> torch.Tensor:
+def gradient_weights(context: StageContext, data: PackedTokens, stage_run: StageRun) -> torch.Tensor:
     """(layers, N, T), with a mean of 1 in every layer."""
     rows = []
     for number in range(len(data)):
         row = data[number]
         documents = row["seq_ids"] if len(row["seq_ids"].unique()) > 1 else None
         rows.append(token_weights(context.teacher_model, row["input_ids"], documents, context.seed + number))
-        context.progress(part.name, (number + 1) * data.seq_len, data.num_tokens, {})
+        context.progress(stage_run.name, (number + 1) * data.seq_len, data.num_tokens, {})
     weights = torch.stack(rows, 1)
     return weights / weights.mean((1, 2), keepdim=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ...kernels.errors import RnnzooError
-from ..context import Part, StageContext
+from ..context import StageContext, StageRun
 from ..data.chats import Kind, chat_tokens
 from ..processes import rows_per_step
 from ..recipes import Recipe
@@ -54,7 +54,7 @@ class Dpo(OwnData):
         # Cut short, two answers may be the same.
         return None if max(sizes) > context.recipe.seq_len else (example, sum(sizes), {})
 
-    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+    def run(self, context: StageContext, student: Any, stage_run: StageRun) -> tuple[Any, dict[str, Any]]:
         """Trains on the stage's pairs; reports the tokens of both answers, with their prompts."""
         from trl import DPOConfig, DPOTrainer
 
@@ -64,7 +64,7 @@ class Dpo(OwnData):
         report = self.learn(
             context,
             student,
-            part,
+            stage_run,
             (DPOTrainer, DPOConfig),
             dataset.select(order),
             len(order) // per_step,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ...kernels.errors import RnnzooError
 from ...kernels.losses import linear_cross_entropy
 from ...zoo.core.cache import CACHE_NAME, RecurrentCache
-from ..context import Part, StageContext
+from ..context import StageContext, StageRun
 from ..data import PackedTokens
 from ..recipes import Recipe
 from .cached_teacher import repeated
@@ -76,13 +76,15 @@ class Extend(Distilled):
         if context.recipe.tokens and self.share:
             self.packed(context)
 
-    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+    def run(self, context: StageContext, student: Any, stage_run: StageRun) -> tuple[Any, dict[str, Any]]:
         """Trains on rows of `length` tokens, which are packed for this stage."""
-        rows = self.packed(context).rows(part.rows.start, -(-len(part.rows) // self.epochs))
-        rows = repeated(rows, len(part.rows), context.seed)
+        rows = self.packed(context).rows(stage_run.rows.start, -(-len(stage_run.rows) // self.epochs))
+        rows = repeated(rows, len(stage_run.rows), context.seed)
         teacher_model = teacher_model_of(context, self) if self.asks_teacher() else None
         with trainable(student, self, context.seed) as trains:
-            report = train(context, ExtendContext, student, self, part, trains, data=rows, teacher_model=teacher_model)
+            report = train(
+                context, ExtendContext, student, self, stage_run, trains, data=rows, teacher_model=teacher_model
+            )
         return student, report
 
 

@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 __all__ = ["LOSSES", "check_target", "mixer_inputs", "seen_alone", "seen_layers", "what_it_does"]
 
 
-def _relative(said: Tensor, wanted: Tensor) -> Tensor:
-    return (said - wanted).pow(2).sum() / wanted.pow(2).sum()
+def _relative(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).pow(2).sum() / target.pow(2).sum()
 
 
-def _mean_square(said: Tensor, wanted: Tensor) -> Tensor:
-    return (said - wanted).pow(2).mean()
+def _mean_square(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).pow(2).mean()
 
 
-def _norm(said: Tensor, wanted: Tensor) -> Tensor:
+def _norm(output: Tensor, target: Tensor) -> Tensor:
     """Of vectors (B, T, E) the mean of ||.||_2 / sqrt(E), of matrices (B, H, T, T) the mean of ||.||_F."""
-    difference = said - wanted
+    difference = output - target
     if difference.dim() == 4:
         return torch.linalg.matrix_norm(difference).mean()
     return torch.linalg.vector_norm(difference, dim=-1).mean() * difference.shape[-1] ** -0.5
@@ -147,8 +147,8 @@ def check_target(target: str, student: str, config: RecurrentConfig) -> None:
         projection = cls(config, config.layer_types.index(student)).output_projection()
     width = config.num_attention_heads * config.head_dim
     if projection is None or projection.in_features != width:
-        said = "no output projection" if projection is None else f"heads of {projection.in_features} channels in all"
+        has = "no output projection" if projection is None else f"heads of {projection.in_features} channels in all"
         raise RnnzooError(
             f"target: heads needs layers whose heads are as wide as the teacher's, {width} channels in all; "
-            f"'{student}' layers have {said}; use target: outputs or another student."
+            f"'{student}' layers have {has}; use target: outputs or another student."
         )

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...kernels.errors import RnnzooError
-from ..context import Part, StageContext
+from ..context import StageContext, StageRun
 from ..data import TextHashes
 from ..data.chats import Kind, check_template, examples, kind_of_source
 from ..recipes import Recipe
@@ -191,7 +191,7 @@ class OwnData(EndToEnd):
         self,
         context: StageContext,
         student: Any,
-        part: Part,
+        stage_run: StageRun,
         trl: tuple[Any, Any],
         dataset: Any,
         steps: int,
@@ -204,7 +204,7 @@ class OwnData(EndToEnd):
             trl: classes of the trainer and of its configuration, which has these `settings`.
             dataset: rows in their order, which fill `steps`. tokens: of the whole stage.
         """
-        folder = context.folder / part.name
+        folder = context.folder / stage_run.name
         common = stage_arguments(
             self, folder, steps, len(dataset) // steps, context.bf16, context.seed, context.checkpointing
         )
@@ -219,9 +219,9 @@ class OwnData(EndToEnd):
             trainer.args.ddp_find_unused_parameters = leaves_unused(student)
             for name, parameter in student.named_parameters():
                 parameter.requires_grad_(trains(name))
-            told = lambda done, total, info: context.progress(part.name, done, total, info)  # noqa: E731
+            report_progress = lambda done, total, info: context.progress(stage_run.name, done, total, info)  # noqa: E731
             try:
-                report = run_trainer(trainer, folder, tokens // steps, told)
+                report = run_trainer(trainer, folder, tokens // steps, report_progress)
             finally:
                 for name in ("forward", "_original_forward"):  # what TRL and accelerate have put around it
                     vars(student).pop(name, None)

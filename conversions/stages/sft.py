@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..context import Part, StageContext
+from ..context import StageContext, StageRun
 from ..data.chats import Kind, chat_tokens
 from ..processes import rows_per_step
 from .own_data import OwnData, row_order
@@ -53,7 +53,7 @@ class Sft(OwnData):
 
         return pack_dataset(dataset, context.recipe.seq_len, "bfd").shuffle(seed=context.seed).flatten_indices()
 
-    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+    def run(self, context: StageContext, student: Any, stage_run: StageRun) -> tuple[Any, dict[str, Any]]:
         """Trains on the stage's chats; reports the tokens of the rows, whole."""
         from trl import SFTConfig, SFTTrainer
 
@@ -65,7 +65,7 @@ class Sft(OwnData):
         report = self.learn(
             context,
             student,
-            part,
+            stage_run,
             (SFTTrainer, SFTConfig),
             dataset.select(order),
             len(order) // per_step,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...kernels.errors import RnnzooError
 from ...zoo.core.configuration import RecurrentConfig
-from ..context import Part, StageContext
+from ..context import StageContext, StageRun
 from ..data import check_sequence_length
 from ..recipes import Recipe
 from ..teachers import TeacherRef
@@ -58,17 +58,19 @@ class Train(Distilled):
                 "such as 64, or leave it out."
             )
 
-    def run(self, context: StageContext, student: Any, part: Part) -> tuple[Any, dict[str, Any]]:
+    def run(self, context: StageContext, student: Any, stage_run: StageRun) -> tuple[Any, dict[str, Any]]:
         """Trains the mixers, adapters on them, or everything; on rows with the teacher's predictions, if kept."""
-        rows = context.training().rows(part.rows.start, -(-len(part.rows) // self.epochs))
+        rows = context.training().rows(stage_run.rows.start, -(-len(stage_run.rows) // self.epochs))
         about, teacher_model = {}, None
         if self.cache_top_k:
-            rows, about = cached_rows(context, self, self.cache_top_k, part, rows)
+            rows, about = cached_rows(context, self, self.cache_top_k, stage_run, rows)
         elif self.asks_teacher():
             teacher_model = teacher_model_of(context, self)
-        rows = repeated(rows, len(part.rows), context.seed)
+        rows = repeated(rows, len(stage_run.rows), context.seed)
         with trainable(student, self, context.seed) as trains:
-            report = train(context, TrainEndToEnd, student, self, part, trains, data=rows, teacher_model=teacher_model)
+            report = train(
+                context, TrainEndToEnd, student, self, stage_run, trains, data=rows, teacher_model=teacher_model
+            )
         return student, report | about
 
 
@@ -85,6 +87,8 @@ class TrainEndToEnd(StageTrainer):
             teacher = Likeliest(*(x.flatten(0, 1) for x in kept))
         elif self.stage.asks_teacher():
             with torch.no_grad():
-                told = self.teacher_model.model(input_ids=ids, seq_ids=seq_ids, use_cache=False).last_hidden_state
-            teacher = Whole(told.flatten(0, 1), self.teacher_model.lm_head.weight[: model.config.vocab_size])
+                hidden_states = self.teacher_model.model(
+                    input_ids=ids, seq_ids=seq_ids, use_cache=False
+                ).last_hidden_state
+            teacher = Whole(hidden_states.flatten(0, 1), self.teacher_model.lm_head.weight[: model.config.vocab_size])
         return distillation_loss(self.stage, hidden, model.lm_head, teacher, next_tokens(ids, seq_ids).flatten())

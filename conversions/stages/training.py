@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ...kernels.files import replace_text
 from ...zoo.core.heads import RecurrentForCausalLM
-from ..context import Part, StageContext
+from ..context import StageContext, StageRun
 from ..data import PackedTokens
 from ..precision import mixed_precision
 from ..processes import Processes, rows_per_step
@@ -207,7 +207,7 @@ def train(
     trainer_class: type[StageTrainer],
     student: Any,
     stage: TrainedStage,
-    part: Part,
+    stage_run: StageRun,
     trains: Callable[[str], bool],
     *,
     data: Any = None,
@@ -218,15 +218,15 @@ def train(
     """Trains the student of a conversion in place; see `train_stage`.
 
     Args:
-        data: rows; None: those of `part`, of the training text. teacher_model: the teacher, if the loss asks one.
+        data: rows; None: those of `stage_run`, of the training text. teacher_model: the teacher, if the loss asks one.
         folder: for checkpoints and metrics, if not the stage's. place: number of this training among all of the stage.
     """
     if data is None:
-        data = context.training().rows(part.rows.start, len(part.rows))
+        data = context.training().rows(stage_run.rows.start, len(stage_run.rows))
     context.release_model()
 
     def progress(done: int, total: int, info: dict[str, Any]) -> None:
-        context.progress(part.name, place[0] * total + done, place[1] * total, info)
+        context.progress(stage_run.name, place[0] * total + done, place[1] * total, info)
 
     return train_stage(
         trainer_class,
@@ -234,7 +234,7 @@ def train(
         teacher_model,
         stage,
         data,
-        folder or context.folder / part.name,
+        folder or context.folder / stage_run.name,
         trains=trains,
         batch_tokens=context.recipe.batch_tokens,
         bf16=context.bf16,

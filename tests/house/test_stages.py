@@ -13,7 +13,7 @@ from .test_circles import imports, modules
 
 ROOT = Path(__file__).resolve().parents[2] / "conversions"
 PREFIX = "rnnzoo.conversions."
-# Part -> the parts that it may not import, itself or by what it imports.
+# StageRun -> the parts that it may not import, itself or by what it imports.
 MAY_NOT = {
     "fit": {"context", "convert", "layers", "pipeline", "ranking", "run_folder", "stages"},
     "context": {"convert", "layers", "pipeline", "ranking", "stages"},

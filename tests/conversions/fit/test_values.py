@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rnnzoo.conversions.context import Part
+from rnnzoo.conversions.context import StageRun
 from rnnzoo.conversions.fit.closed_form import ClosedForm, Layer, Stream
 from rnnzoo.conversions.fit.linear_layers import with_bias
 from rnnzoo.conversions.fit.values import Values
@@ -48,7 +48,7 @@ def mixing(values: Values, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
     hook = values.projection.register_forward_hook(lambda _, args, out: (given.append(args[0]), made.append(out))[1])
     values.projection.weight.requires_grad_(True)
     with torch.enable_grad():
-        o = values.said(stream)
+        o = values.mixed_values(stream)
         hook.remove()
         rows = [torch.autograd.grad(x, made[0], retain_graph=True)[0][0] for x in o[..., 0].flatten()]
     m = torch.stack(rows).unflatten(0, o.shape[:2])[..., :: values.width]  # (T, H, T, Hk), of every first channel
@@ -65,7 +65,7 @@ def test_values_are_the_dense_solution(teacher, name, weighting):
     student, teacher_model = models(teacher, name)
     layer, streams = layer_of(student, teacher_model, some_rows(2, 24), weighting=weighting)
     layer.sums(streams)
-    values = Values.of(layer.ours, layer.output, HEADS, streams[0])
+    values = Values.of(layer.student_block, layer.output, HEADS, streams[0])
     assert values is not None and values.kv_heads in (2, 6)
     found, apart = values.fitted(streams, layer.heads, layer.weights, 0.05)
     groups, parts = HEADS // values.kv_heads, []
@@ -102,7 +102,7 @@ def test_documents_of_a_row_are_apart(teacher):
     student, teacher_model = models(teacher, "gla")
     ids = some_rows(1, 40)[0]["input_ids"]
     packed, _ = layer_of(student, teacher_model, rows_of(ids[None], torch.arange(40)[None] // 20))
-    p = Values.of(packed.ours, packed.output, HEADS, stream := Stream.of(student, rows_of(ids[None])[0]))
+    p = Values.of(packed.student_block, packed.output, HEADS, stream := Stream.of(student, rows_of(ids[None])[0]))
     alone = [Stream.of(student, rows_of(part[None])[0]) for part in ids.split(20)]
     both = Stream.of(student, rows_of(ids[None], torch.arange(40)[None] // 20)[0])
     torch.testing.assert_close(p.summed(both), torch.cat([p.summed(part) for part in alone]))
@@ -137,7 +137,7 @@ def test_the_stage_says_in_how_many_layers_values_are_new_and_makes_no_loss_larg
     parts = [part for part in ("decay", "values", "scale", "output") if part != "decay" or name != "linear_attention"]
     job, student = job_of(teacher[0], name, stage := Calibrate("fit", parts=parts))
     before = {key: tensor.clone() for key, tensor in student.state_dict().items() if "v_proj.weight" in key}
-    after, report = stage.run(job, student, Part("fit", range(0), [0, 1]))
+    after, report = stage.run(job, student, StageRun("fit", range(0), [0, 1]))
     kept = report["fits_kept"]
     assert (report["loss_after"] <= report["loss_before"]) == kept
     changed = sum(not torch.equal(after.state_dict()[key], tensor) for key, tensor in before.items())

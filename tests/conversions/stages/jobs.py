@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rnnzoo.conversions.context import Part, StageContext
+from rnnzoo.conversions.context import StageContext, StageRun
 from rnnzoo.conversions.data import PackedTokens, TextHashes
 from rnnzoo.conversions.recipes import Recipe
 from rnnzoo.conversions.student import build_student, layer_types, student_config
@@ -53,7 +53,7 @@ class OneStage(StageContext):
 
     def do(self, stage, student) -> dict[str, Any]:
         """Runs the stage on all rows; the student changes in place."""
-        after, report = stage.run(self, student, Part(stage.name, range(len(self.rows)), []))
+        after, report = stage.run(self, student, StageRun(stage.name, range(len(self.rows)), []))
         assert after is student
         return report
 

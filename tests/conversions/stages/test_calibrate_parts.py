@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from rnnzoo.conversions.context import Part
+from rnnzoo.conversions.context import StageRun
 from rnnzoo.conversions.convert import convert
 from rnnzoo.conversions.data import PackedTokens, TextHashes
 from rnnzoo.conversions.fit.closed_form import Stream
@@ -56,7 +56,7 @@ def job_of(teacher, student: str, stage: Calibrate, rows: int = 4):
 def test_only_fresh_layers_change_and_the_record_says_what_it_brought(teacher, student, weighting):
     job, model = job_of(teacher, student, stage := Calibrate("fit", weighting=weighting, ridge=0.03))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    after, report = stage.run(job, model, Part("fit", range(0), [1, 3]))
+    after, report = stage.run(job, model, StageRun("fit", range(0), [1, 3]))
     assert report["tokens"] == 4 * 48 and report["parts"] == stage.chosen(job.recipe)
     assert report["error_after"] <= report["error_before"]
     changed = {name for name, tensor in after.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -79,7 +79,7 @@ def test_a_fit_that_does_harm_is_taken_back(teacher, monkeypatch):
         return found
 
     monkeypatch.setattr(calibrate, "fit_layer", harm)
-    after, report = stage.run(job, model, Part("fit", range(0), [0, 1, 2, 3]))
+    after, report = stage.run(job, model, StageRun("fit", range(0), [0, 1, 2, 3]))
     assert report["fits_kept"] is False and report["loss_after"] > report["loss_before"]
     assert seen["rows"] == 3  # the last row is for the judgement
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.state_dict().items())
