@@ -32,8 +32,6 @@ from ..core.recurrences import softmax_average
 from ..core.registry import register_mixer
 from .configuration_aaren import AarenConfig
 
-__all__ = ["AarenForCausalLM", "AarenForSequenceClassification", "AarenMixer", "AarenModel"]
-
 
 @dataclasses.dataclass
 class AarenState(MixerState):

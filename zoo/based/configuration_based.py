@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
 
-__all__ = ["BasedConfig", "published"]
 
-
-def published(mixer: str, width: int, layers: int, every: tuple[int, ...]) -> dict[str, Any]:
+def published(mixer: str, width: int, layers: int, every: tuple[int, ...]) -> dict:
     """As the authors trained it: layers `every` are `mixer`, the ones after them windows, the others convolutions."""
     kinds = dict.fromkeys(every, mixer) | {i + 1: "sliding_attention" for i in every}
     return {
@@ -43,7 +39,7 @@ class BasedConfig(RecurrentConfig):
     mixer = "based"
     # From the training configurations beside those of "Just read twice" (HazyResearch/prefix-linear-attention); their
     # 360M model also scales each token's weights by a factor of its own, which is left out here.
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
+    sizes = {
         "360M": published("based", 1024, 27, (1, 6, 11, 16, 21)),
         "1.3B": published("based", 1792, 36, (1, 6, 11, 16, 21, 27, 33)),
     }

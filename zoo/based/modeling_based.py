@@ -30,16 +30,6 @@ from ..core.recurrences import convolve
 from ..core.registry import register_mixer
 from .configuration_based import BasedConfig
 
-__all__ = [
-    "BasedForCausalLM",
-    "BasedForSequenceClassification",
-    "BasedMixer",
-    "BasedModel",
-    "GatedConvolution",
-    "taylor_features",
-    "taylor_width",
-]
-
 
 def taylor_width(width: int) -> int:
     """Features of a head of `width` channels."""

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
-
-__all__ = ["BlockLRNNConfig"]
 
 
 @strict
@@ -25,7 +21,7 @@ class BlockLRNNConfig(RecurrentConfig):
     model_type = "rnnzoo-block_lrnn"
     mixer = "block_lrnn"
     # The authors' runs: 5 numbers, and for arithmetic 3 signs.
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
+    sizes = {
         "Sum": {"vocab_size": 5, "hidden_size": 64, "num_hidden_layers": 1},
         "EvenPair": {"vocab_size": 5, "hidden_size": 64, "num_hidden_layers": 1},
         "ModArith": {"vocab_size": 8, "hidden_size": 64, "num_hidden_layers": 3},

@@ -29,8 +29,6 @@ from ..core.recurrences import scan_blocks
 from ..core.registry import register_mixer
 from .configuration_block_lrnn import BlockLRNNConfig
 
-__all__ = ["BlockLRNNForCausalLM", "BlockLRNNForSequenceClassification", "BlockLRNNMixer", "BlockLRNNModel"]
-
 SMALLEST = 1e-12  # a norm that is divided by: columns without any variation
 
 

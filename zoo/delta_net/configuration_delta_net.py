@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
 from ..core.head_sizes import delta_student, derive_delta
-
-__all__ = ["DeltaNetConfig"]
 
 
 @strict
@@ -32,15 +28,9 @@ class DeltaNetConfig(RecurrentConfig):
     model_type = "rnnzoo-delta_net"
     mixer = "delta_net"
     # Those of the language models of Yang et al. 2024, heads of 128 channels.
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        name: {
-            "vocab_size": 32000,
-            "hidden_size": width,
-            "num_hidden_layers": 24,
-            "intermediate_size": inner,
-            "delta_num_heads": width // 128,
-            "rms_norm_eps": 1e-6,
-        }
+    sizes = {
+        name: {"vocab_size": 32000, "hidden_size": width, "num_hidden_layers": 24, "intermediate_size": inner}
+        | {"delta_num_heads": width // 128, "rms_norm_eps": 1e-6}
         for name, width, inner in (("340M", 1024, 2816), ("1.3B", 2048, 5632))
     }
 

@@ -8,8 +8,6 @@ from ..core.fla import delta_rules, delta_settings, fla_config, fla_fields, fla_
 from ..core.importing import Format, Rule
 from .configuration_delta_net import DeltaNetConfig
 
-__all__ = ["FORMATS"]
-
 OWN = {"expand_k": 1.0, "expand_v": 1.0, "use_gate": False, "allow_neg_eigval": False, "conv_size": 4, "num_heads": 16}
 # use_output_norm is written but not read by their code, which always norms.
 ONLY = {"use_short_conv": True, "use_beta": True, "qk_norm": "l2", "qk_activation": "silu"}

@@ -22,8 +22,6 @@ from ..core.heads import model_classes
 from ..core.registry import register_mixer
 from .configuration_delta_net import DeltaNetConfig
 
-__all__ = ["DeltaNetForCausalLM", "DeltaNetForSequenceClassification", "DeltaNetMixer", "DeltaNetModel"]
-
 
 @register_mixer("delta_net")
 class DeltaNetMixer(DeltaMixer):

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
 from ..core.head_sizes import delta_student, derive_delta
-
-__all__ = ["GatedDeltaNetConfig"]
 
 
 @strict
@@ -35,15 +31,9 @@ class GatedDeltaNetConfig(RecurrentConfig):
     model_type = "rnnzoo-gated_delta_net"
     mixer = "gated_delta_net"
     # As in flash-linear-attention, whose authors are the paper's: as many parameters as a Transformer of 24 layers.
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        "1.3B": {
-            "vocab_size": 32000,
-            "hidden_size": 2048,
-            "num_hidden_layers": 21,
-            "intermediate_size": 5632,
-            "gdn_num_heads": 6,
-            "rms_norm_eps": 1e-6,
-        },
+    sizes = {
+        "1.3B": {"vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 21, "intermediate_size": 5632}
+        | {"gdn_num_heads": 6, "rms_norm_eps": 1e-6}
     }
 
     gdn_num_heads: int | None = None

@@ -12,8 +12,6 @@ from ..core.fla import delta_rules, delta_settings, fla_config, fla_fields, fla_
 from ..core.importing import Format, Rule, expect_fields, renamed
 from .configuration_gated_delta_net import GatedDeltaNetConfig
 
-__all__ = ["FORMATS"]
-
 KINDS = {"linear_attention": "gated_delta_net", "full_attention": "gated_delta_net.attention"}
 
 # FLA -----------------------------------------------------------------------------------------------------------------

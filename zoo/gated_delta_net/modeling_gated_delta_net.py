@@ -31,14 +31,6 @@ from ..core.mixer import AttentionWeights, shared_decay
 from ..core.registry import register_mixer
 from .configuration_gated_delta_net import GatedDeltaNetConfig
 
-__all__ = [
-    "GatedAttention",
-    "GatedDeltaNetForCausalLM",
-    "GatedDeltaNetForSequenceClassification",
-    "GatedDeltaNetMixer",
-    "GatedDeltaNetModel",
-]
-
 
 @register_mixer("gated_delta_net")
 class GatedDeltaNetMixer(DeltaMixer):

@@ -37,8 +37,6 @@ from ..core.recurrences import scan
 from ..core.registry import register_mixer
 from .configuration_gateloop import GateLoopConfig
 
-__all__ = ["GateLoopForCausalLM", "GateLoopForSequenceClassification", "GateLoopMixer", "GateLoopModel"]
-
 
 @dataclasses.dataclass
 class GateLoopState(MixerState):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
-
-__all__ = ["GLAConfig"]
 
 
 @strict
@@ -24,7 +20,7 @@ class GLAConfig(RecurrentConfig):
     model_type = "rnnzoo-gla"
     mixer = "gla"
     # Section 5 of the paper: four heads at both sizes.
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
+    sizes = {
         "340M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 4},
         "1.3B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 4},
     }

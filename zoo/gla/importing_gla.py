@@ -9,8 +9,6 @@ from ..core.fla import fla_config, fla_fields, fla_rules, fla_values
 from ..core.importing import Format, Rule, renamed
 from .configuration_gla import GLAConfig
 
-__all__ = ["FORMATS"]
-
 OWN = {"num_heads": 4, "num_kv_heads": None, "expand_k": 0.5, "expand_v": 1.0}
 # FLA's GLA reads neither use_gk nor use_gv. `fuse_norm` decides under which name the norm's weight is kept.
 REFUSED = {"use_short_conv": False, "use_output_gate": True, "feature_map": None, "clamp_min": None}

@@ -28,8 +28,6 @@ from ..core.mixer import shared_decay
 from ..core.registry import register_mixer
 from .configuration_gla import GLAConfig
 
-__all__ = ["GLAForCausalLM", "GLAForSequenceClassification", "GLAMixer", "GLAModel"]
-
 
 @register_mixer("gla")
 class GLAMixer(LinearMixer):

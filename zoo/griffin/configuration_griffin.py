@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import torch
 from huggingface_hub.dataclasses import strict
 
 from ..hawk.configuration_hawk import HawkConfig
-
-__all__ = ["GriffinConfig", "normalizer"]
 
 PATTERN = ("griffin", "griffin", "sliding_attention")
 
@@ -30,20 +26,12 @@ class GriffinConfig(HawkConfig):
 
     model_type = "rnnzoo-griffin"
     mixer = "griffin"
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
+    sizes = {
         "7B": HawkConfig.sizes["7B"] | {"sliding_window": 1024, "embedding_scale": 1.0, "logit_cap": None},
-        "RecurrentGemma-2B": {
-            "vocab_size": 256000,
-            "hidden_size": 2560,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 10,
-        },
-        "RecurrentGemma-9B": {
-            "vocab_size": 256000,
-            "hidden_size": 4096,
-            "num_hidden_layers": 38,
-            "num_attention_heads": 16,
-        },
+        "RecurrentGemma-2B": {"vocab_size": 256000, "hidden_size": 2560, "num_hidden_layers": 26}
+        | {"num_attention_heads": 10},
+        "RecurrentGemma-9B": {"vocab_size": 256000, "hidden_size": 4096, "num_hidden_layers": 38}
+        | {"num_attention_heads": 16},
     }
 
     num_key_value_heads: int | None = 1
@@ -51,7 +39,7 @@ class GriffinConfig(HawkConfig):
     sliding_window: int | None = 2048
     logit_cap: float | None = 30.0
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs):
         if self.layer_types is None:
             self.layer_types = [PATTERN[i % 3] for i in range(self.num_hidden_layers)]
         if self.embedding_scale is None:
@@ -63,7 +51,5 @@ class GriffinConfig(HawkConfig):
     @staticmethod
     def student_fields(num_heads: int, num_kv_heads: int, head_dim: int) -> dict:
         """Hawk's sizes, without RecurrentGemma's factor on the embeddings and bound of the logits."""
-        return HawkConfig.student_fields(num_heads, num_kv_heads, head_dim) | {
-            "embedding_scale": 1.0,
-            "logit_cap": None,
-        }
+        fields = HawkConfig.student_fields(num_heads, num_kv_heads, head_dim)
+        return fields | {"embedding_scale": 1.0, "logit_cap": None}

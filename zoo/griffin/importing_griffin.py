@@ -9,8 +9,6 @@ from ...kernels.errors import RnnzooError
 from ..core.importing import Format, Rule, renamed
 from .configuration_griffin import GriffinConfig, normalizer
 
-__all__ = ["FORMATS"]
-
 # transformers' RecurrentGemmaConfig leaves out of config.json what equals its defaults, so they are needed here.
 DEFAULTS: dict[str, Any] = {
     "num_hidden_layers": 26,

@@ -18,8 +18,6 @@ from ..core.registry import register_mixer
 from ..hawk.modeling_hawk import HawkMixer
 from .configuration_griffin import GriffinConfig
 
-__all__ = ["GriffinForCausalLM", "GriffinForSequenceClassification", "GriffinMixer", "GriffinModel"]
-
 
 @register_mixer("griffin")
 class GriffinMixer(HawkMixer):

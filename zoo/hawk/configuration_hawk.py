@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
-
-__all__ = ["HawkConfig"]
 
 
 @strict
@@ -26,14 +22,9 @@ class HawkConfig(RecurrentConfig):
 
     model_type = "rnnzoo-hawk"
     mixer = "hawk"
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        "7B": {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "rglru_width": 5632,
-        },
+    sizes = {
+        "7B": {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"rglru_width": 5632},
     }
 
     hidden_act: str = "gelu_pytorch_tanh"
@@ -47,7 +38,7 @@ class HawkConfig(RecurrentConfig):
     rglru_act: str = "gelu_pytorch_tanh"
     rglru_init_variance: float = 0.01
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 3 * self.hidden_size
         super().__post_init__(**kwargs)

@@ -36,8 +36,6 @@ from ..core.recurrences import convolve, scan
 from ..core.registry import register_mixer
 from .configuration_hawk import HawkConfig
 
-__all__ = ["RGLRU", "HawkForCausalLM", "HawkForSequenceClassification", "HawkMixer", "HawkModel"]
-
 # 1 - a^2 below this is taken as this: there the gradient of the root reaches 1000, and without a bound it is infinite.
 SMALLEST_SQUARE = 2.5e-7
 

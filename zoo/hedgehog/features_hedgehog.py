@@ -19,8 +19,6 @@ from ..core.mixer import Context, Mixer
 from .configuration_hedgehog import HedgehogConfig
 from .fitting_hedgehog import fit_head
 
-__all__ = ["FeatureMaps"]
-
 # exp of it is the largest feature: keeps a sum over a million tokens inside float32.
 LARGEST_LOGIT = 20.0
 

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from ..core.rotary import turn
 
-__all__ = ["fit_head"]
-
 LEAST_HALF_LIFE = 16.0  # tokens
 
 

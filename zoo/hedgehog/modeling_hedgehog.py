@@ -42,8 +42,6 @@ from .configuration_hedgehog import HedgehogConfig
 from .features_hedgehog import FeatureMaps
 from .state_hedgehog import HedgehogState, PackedHedgehogState
 
-__all__ = ["HedgehogForCausalLM", "HedgehogForSequenceClassification", "HedgehogMixer", "HedgehogModel"]
-
 
 @register_mixer("hedgehog")
 class HedgehogMixer(FeatureMaps):

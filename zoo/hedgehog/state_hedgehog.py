@@ -12,8 +12,6 @@ from ...kernels.block_floating_point import Packed, pack
 from ...kernels.gated_linear_attention import WindowState, state_dtype
 from ..core.mixer import MixerState
 
-__all__ = ["HedgehogState", "PackedHedgehogState"]
-
 
 @dataclasses.dataclass
 class HedgehogState(MixerState):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
-
-__all__ = ["HGRNConfig"]
 
 
 @strict
@@ -24,14 +20,9 @@ class HGRNConfig(RecurrentConfig):
     model_type = "rnnzoo-hgrn"
     mixer = "hgrn"
     # The size trained on 100B tokens by the authors of flash-linear-attention.
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        "1.3B": {
-            "vocab_size": 32000,
-            "hidden_size": 2048,
-            "num_hidden_layers": 24,
-            "intermediate_size": 5632,
-            "rms_norm_eps": 1e-6,
-        },
+    sizes = {
+        "1.3B": {"vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 5632}
+        | {"rms_norm_eps": 1e-6}
     }
 
     hgrn_expand: int = 1

@@ -9,8 +9,6 @@ from ..core.fla import fla_config, fla_fields, fla_rules, fla_values
 from ..core.importing import Format, Rule, joined, renamed
 from .configuration_hgrn import HGRNConfig
 
-__all__ = ["FORMATS"]
-
 OWN = {"expand_ratio": 1, "use_short_conv": False, "conv_size": 4, "use_lower_bound": True}
 
 

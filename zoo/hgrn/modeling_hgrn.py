@@ -29,8 +29,6 @@ from ..core.recurrences import convolve, scan
 from ..core.registry import register_mixer
 from .configuration_hgrn import HGRNConfig
 
-__all__ = ["HGRNForCausalLM", "HGRNForSequenceClassification", "HGRNMixer", "HGRNModel"]
-
 
 @dataclasses.dataclass
 class HGRNState(MixerState):

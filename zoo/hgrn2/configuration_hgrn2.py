@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
 from ..core.head_sizes import derive_heads
-
-__all__ = ["HGRN2Config"]
 
 
 @strict
@@ -29,15 +25,9 @@ class HGRN2Config(RecurrentConfig):
     model_type = "rnnzoo-hgrn2"
     mixer = "hgrn2"
     # The size trained on 100B tokens by the authors of flash-linear-attention.
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        "1.3B": {
-            "vocab_size": 32000,
-            "hidden_size": 2048,
-            "num_hidden_layers": 24,
-            "intermediate_size": 5632,
-            "hgrn2_key_dim": 128,
-            "rms_norm_eps": 1e-6,
-        },
+    sizes = {
+        "1.3B": {"vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 5632}
+        | {"hgrn2_key_dim": 128, "rms_norm_eps": 1e-6}
     }
 
     hgrn2_key_dim: int | None = None
@@ -60,9 +50,5 @@ class HGRN2Config(RecurrentConfig):
     @staticmethod
     def student_fields(num_heads: int, num_kv_heads: int, head_dim: int) -> dict:
         """One state of head_dim x head_dim per kv head."""
-        return {
-            "hgrn2_num_heads": num_heads,
-            "hgrn2_kv_heads": num_kv_heads,
-            "hgrn2_key_dim": head_dim,
-            "hgrn2_value_dim": head_dim,
-        }
+        heads = {"hgrn2_num_heads": num_heads, "hgrn2_kv_heads": num_kv_heads}
+        return heads | {"hgrn2_key_dim": head_dim, "hgrn2_value_dim": head_dim}

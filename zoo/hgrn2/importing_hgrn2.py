@@ -9,8 +9,6 @@ from ..core.fla import fla_config, fla_fields, fla_rules, fla_values
 from ..core.importing import Format, Rule, renamed
 from .configuration_hgrn2 import HGRN2Config
 
-__all__ = ["FORMATS"]
-
 OWN = {"num_heads": None, "expand_ratio": 128, "use_lower_bound": True}
 
 

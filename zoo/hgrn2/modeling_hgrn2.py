@@ -30,8 +30,6 @@ from ..core.recurrences import linear_attention
 from ..core.registry import register_mixer
 from .configuration_hgrn2 import HGRN2Config
 
-__all__ = ["HGRN2ForCausalLM", "HGRN2ForSequenceClassification", "HGRN2Mixer", "HGRN2Model"]
-
 
 @register_mixer("hgrn2")
 class HGRN2Mixer(Mixer):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..based.configuration_based import BasedConfig, published
-
-__all__ = ["JRTConfig"]
 
 
 @strict
@@ -18,7 +14,7 @@ class JRTConfig(BasedConfig):
     model_type = "rnnzoo-jrt"
     mixer = "jrt"
     # HazyResearch/prefix-linear-attention; trained with the first 1024 of 2048 tokens as the prefix.
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
+    sizes = {
         "360M": published("jrt", 1024, 26, (1, 6, 11, 16, 21)),
         "1.3B": published("jrt", 1792, 36, (1, 6, 11, 16, 21, 27, 33)),
     }

@@ -33,8 +33,6 @@ from ..core.recurrences import linear_attention
 from ..core.registry import register_mixer
 from .configuration_jrt import JRTConfig
 
-__all__ = ["JRTForCausalLM", "JRTForSequenceClassification", "JRTMixer", "JRTModel"]
-
 
 @dataclasses.dataclass
 class Interleaved:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
 from ..core.head_sizes import delta_student, derive_delta
-
-__all__ = ["KDAConfig"]
 
 
 @strict
@@ -39,16 +35,9 @@ class KDAConfig(RecurrentConfig):
     model_type = "rnnzoo-kda"
     mixer = "kda"
     # The configuration of flash-linear-attention; the paper's models are mixtures of experts.
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        "1.3B": {
-            "vocab_size": 32000,
-            "hidden_size": 2048,
-            "num_hidden_layers": 24,
-            "intermediate_size": 5632,
-            "kda_num_heads": 16,
-            "kda_gate_bias": True,
-            "rms_norm_eps": 1e-6,
-        },
+    sizes = {
+        "1.3B": {"vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 5632}
+        | {"kda_num_heads": 16, "kda_gate_bias": True, "rms_norm_eps": 1e-6}
     }
 
     kda_key_dim: int | None = None

@@ -10,8 +10,6 @@ from ..core.fla import delta_rules, delta_settings, fla_config, fla_fields, fla_
 from ..core.importing import Format, Rule, expect_fields, renamed
 from .configuration_kda import KDAConfig
 
-__all__ = ["FORMATS"]
-
 KINDS = {"linear_attention": "kda", "full_attention": "kda.attention"}
 
 # FLA -----------------------------------------------------------------------------------------------------------------

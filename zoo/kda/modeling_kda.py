@@ -34,8 +34,6 @@ from ..core.mixer import Context, Mixer, SelfInitialised, shared_decay
 from ..core.registry import register_mixer
 from .configuration_kda import KDAConfig
 
-__all__ = ["KDAForCausalLM", "KDAForSequenceClassification", "KDAMixer", "KDAModel", "LatentAttention"]
-
 
 @register_mixer("kda")
 class KDAMixer(DeltaMixer):

@@ -6,8 +6,6 @@ from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
 
-__all__ = ["LigerConfig"]
-
 
 @strict
 class LigerConfig(RecurrentConfig):

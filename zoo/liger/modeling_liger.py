@@ -34,8 +34,6 @@ from ..core.recurrences import linear_attention, one_hot_values, window_attentio
 from ..core.registry import register_mixer
 from .configuration_liger import LigerConfig
 
-__all__ = ["LigerForCausalLM", "LigerForSequenceClassification", "LigerMixer", "LigerModel"]
-
 
 @dataclasses.dataclass
 class LigerState(MixerState):

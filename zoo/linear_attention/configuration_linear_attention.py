@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
-
-__all__ = ["LinearAttentionConfig"]
 
 # The autoregressive image models of Katharopoulos et al. 2020, section 4.2; a pixel is one of 256 values.
 IMAGES = {"vocab_size": 256, "hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 1024}
@@ -29,7 +25,7 @@ class LinearAttentionConfig(RecurrentConfig):
 
     model_type = "rnnzoo-linear_attention"
     mixer = "linear_attention"
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
+    sizes = {
         "MNIST": IMAGES | {"num_hidden_layers": 8, "max_position_embeddings": 784},
         "CIFAR-10": IMAGES | {"num_hidden_layers": 16, "max_position_embeddings": 3072},
     }

@@ -25,13 +25,6 @@ from ..core.mixer import Context
 from ..core.registry import register_mixer
 from .configuration_linear_attention import LinearAttentionConfig
 
-__all__ = [
-    "LinearAttentionForCausalLM",
-    "LinearAttentionForSequenceClassification",
-    "LinearAttentionMixer",
-    "LinearAttentionModel",
-]
-
 
 def phi(x: Tensor, kind: str) -> Tensor:
     """The feature of every channel."""

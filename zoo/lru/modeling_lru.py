@@ -30,8 +30,6 @@ from ..core.recurrences import scan
 from ..core.registry import register_mixer
 from .configuration_lru import LRUConfig
 
-__all__ = ["LRUForCausalLM", "LRUForSequenceClassification", "LRUMixer", "LRUModel"]
-
 
 @dataclasses.dataclass
 class LRUState(MixerState):

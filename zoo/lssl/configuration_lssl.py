@@ -7,8 +7,6 @@ from huggingface_hub.dataclasses import strict
 from ..core.configuration import RecurrentConfig
 from ..s4.configuration_s4 import StateSpaceConfig
 
-__all__ = ["LSSLConfig"]
-
 
 @strict
 class LSSLConfig(StateSpaceConfig):

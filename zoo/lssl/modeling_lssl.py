@@ -26,8 +26,6 @@ from ..s4.hippo import HIPPO
 from ..s4.state_space import StateSpaceMixer, fill
 from .configuration_lssl import LSSLConfig
 
-__all__ = ["LSSLForCausalLM", "LSSLForSequenceClassification", "LSSLMixer", "LSSLModel"]
-
 
 @register_mixer("lssl")
 class LSSLMixer(StateSpaceMixer):

@@ -6,8 +6,6 @@ from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
 
-__all__ = ["MambaConfig"]
-
 _PAPER = {"vocab_size": 50280, "tie_word_embeddings": True}
 
 
@@ -71,9 +69,5 @@ class MambaConfig(RecurrentConfig):
     @staticmethod
     def student_fields(num_heads: int, num_kv_heads: int, head_dim: int) -> dict:
         """Sizes that fit an attention layer's matrices: x <- v, B <- k, C <- q, one group per query head."""
-        return {
-            "mamba_inner_size": num_heads * head_dim,
-            "mamba_state_size": head_dim,
-            "mamba_groups": num_heads,
-            "mamba_kv_groups": num_kv_heads,
-        }
+        sizes = {"mamba_inner_size": num_heads * head_dim, "mamba_state_size": head_dim}
+        return sizes | {"mamba_groups": num_heads, "mamba_kv_groups": num_kv_heads}

@@ -9,8 +9,6 @@ from ..core.importing import Format, Rule
 from . import mamba_ssm
 from .configuration_mamba import MambaConfig
 
-__all__ = ["FORMATS"]
-
 # transformers leaves out of config.json what equals its defaults, so they are needed here.
 DEFAULTS = {
     "vocab_size": 50280,

@@ -12,8 +12,6 @@ from ...kernels.errors import RnnzooError
 from ..core.configuration import RecurrentConfig
 from ..core.importing import Rule, renamed
 
-__all__ = ["FILE", "config_fields", "layer_of", "rules", "their_config"]
-
 FILE = "pytorch_model.bin"
 EPSILON = 1e-5
 EMBEDDING = "backbone.embedding.weight"

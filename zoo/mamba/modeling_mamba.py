@@ -37,8 +37,6 @@ from ..core.recurrences import convolve, selective
 from ..core.registry import register_mixer
 from .configuration_mamba import MambaConfig
 
-__all__ = ["MambaForCausalLM", "MambaForSequenceClassification", "MambaMixer", "MambaModel", "MambaState"]
-
 
 @dataclasses.dataclass
 class MambaState(MixerState):

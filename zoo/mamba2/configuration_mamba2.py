@@ -6,8 +6,6 @@ from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
 
-__all__ = ["Mamba2Config"]
-
 _PAPER = {"vocab_size": 50288, "tie_word_embeddings": True}
 
 
@@ -74,10 +72,5 @@ class Mamba2Config(RecurrentConfig):
     @staticmethod
     def student_fields(num_heads: int, num_kv_heads: int, head_dim: int) -> dict:
         """Sizes that fit an attention layer's matrices: x <- v, B <- k, C <- q, one group per query head."""
-        return {
-            "ssm_num_heads": num_heads,
-            "ssm_head_dim": head_dim,
-            "ssm_state_size": head_dim,
-            "ssm_groups": num_heads,
-            "ssm_kv_heads": num_kv_heads,
-        }
+        sizes = {"ssm_num_heads": num_heads, "ssm_head_dim": head_dim, "ssm_state_size": head_dim}
+        return sizes | {"ssm_groups": num_heads, "ssm_kv_heads": num_kv_heads}

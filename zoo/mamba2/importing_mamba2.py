@@ -10,8 +10,6 @@ from ..core.importing import Format, Rule
 from ..mamba import mamba_ssm
 from .configuration_mamba2 import Mamba2Config
 
-__all__ = ["FORMATS"]
-
 # transformers' Mamba2Config leaves out of config.json what equals its defaults, so they are needed here.
 DEFAULTS = {
     "num_heads": 128,

@@ -31,8 +31,6 @@ from ..core.recurrences import convolve, linear_attention, linear_attention_matr
 from ..core.registry import register_mixer
 from .configuration_mamba2 import Mamba2Config
 
-__all__ = ["GatedRMSNorm", "Mamba2ForCausalLM", "Mamba2ForSequenceClassification", "Mamba2Mixer", "Mamba2Model"]
-
 
 class GatedRMSNorm(nn.Module):
     """RMS norm per group of `group_width` channels, and the gate silu(z) before or after it."""

@@ -29,8 +29,6 @@ from ..core.recurrences import convolve, scan
 from ..core.registry import register_mixer
 from .configuration_mingru import MinGRUConfig
 
-__all__ = ["MinGRUForCausalLM", "MinGRUForSequenceClassification", "MinGRUMixer", "MinGRUModel", "MinRNNMixer"]
-
 
 @dataclasses.dataclass
 class MinRNNState(MixerState):

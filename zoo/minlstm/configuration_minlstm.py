@@ -6,8 +6,6 @@ from huggingface_hub.dataclasses import strict
 
 from ..mingru.configuration_mingru import MinGRUConfig
 
-__all__ = ["MinLSTMConfig"]
-
 
 @strict
 class MinLSTMConfig(MinGRUConfig):

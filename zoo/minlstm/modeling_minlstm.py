@@ -24,8 +24,6 @@ from ..core.registry import register_mixer
 from ..mingru.modeling_mingru import MinRNNMixer
 from .configuration_minlstm import MinLSTMConfig
 
-__all__ = ["MinLSTMForCausalLM", "MinLSTMForSequenceClassification", "MinLSTMMixer", "MinLSTMModel"]
-
 
 @register_mixer("minlstm")
 class MinLSTMMixer(MinRNNMixer):

@@ -6,8 +6,6 @@ from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
 
-__all__ = ["PhiMambaConfig"]
-
 
 @strict
 class PhiMambaConfig(RecurrentConfig):
@@ -21,18 +19,9 @@ class PhiMambaConfig(RecurrentConfig):
     model_type = "rnnzoo-phi_mamba"
     mixer = "phi_mamba"
     sizes = {
-        "1.5B": {
-            "vocab_size": 51200,
-            "hidden_size": 2048,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 32,
-            "intermediate_size": 8192,
-            "mlp_type": "plain",
-            "mlp_bias": True,
-            "hidden_act": "gelu_new",
-            "norm_type": "layer",
-            "parallel_residual": True,
-        }
+        "1.5B": {"vocab_size": 51200, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32}
+        | {"intermediate_size": 8192, "mlp_type": "plain", "mlp_bias": True, "hidden_act": "gelu_new"}
+        | {"norm_type": "layer", "parallel_residual": True}
     }
 
     phi_mamba_state_size: int | None = None

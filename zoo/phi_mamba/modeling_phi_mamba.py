@@ -33,8 +33,6 @@ from ..core.recurrences import linear_attention, linear_attention_matrix
 from ..core.registry import register_mixer
 from .configuration_phi_mamba import PhiMambaConfig
 
-__all__ = ["PhiMambaForCausalLM", "PhiMambaForSequenceClassification", "PhiMambaMixer", "PhiMambaModel"]
-
 # silu of it is 1: a gate that lets all through.
 OPEN_GATE = 1.2784645427610738
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
-
-__all__ = ["RetNetConfig"]
 
 # Table 1 and section 2.4 of the paper: plain MLPs of twice the width, heads of 256 channels.
 PAPER = {"mlp_type": "plain", "hidden_act": "gelu", "norm_type": "layer", "head_dim": 256}
@@ -24,7 +20,7 @@ class RetNetConfig(RecurrentConfig):
 
     model_type = "rnnzoo-retnet"
     mixer = "retnet"
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
+    sizes = {
         "1.3B": PAPER | {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 24},
         "2.7B": PAPER | {"hidden_size": 2560, "intermediate_size": 5120, "num_hidden_layers": 32},
         "6.7B": PAPER | {"hidden_size": 4096, "intermediate_size": 8192, "num_hidden_layers": 32},
@@ -33,7 +29,7 @@ class RetNetConfig(RecurrentConfig):
     rms_norm_eps: float = 1e-6
     retnet_value_factor: float = 2.0
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = -(-4 * self.hidden_size // (3 * 32)) * 32
         super().__post_init__(**kwargs)

@@ -9,8 +9,6 @@ from ..core.fla import fla_config, fla_fields, fla_rules, fla_values
 from ..core.importing import Format, Rule, renamed
 from .configuration_retnet import RetNetConfig
 
-__all__ = ["FORMATS"]
-
 OWN = {"num_heads": 8, "num_kv_heads": None, "expand_k": 1.0, "expand_v": 2.0, "hidden_ratio": 2}
 # `fuse_norm` decides under which name the norm's weight is kept. FLA's RetNet ignores `use_short_conv`.
 REFUSED = {"use_output_gate": True, "feature_map": None, "elementwise_affine": True, "fuse_norm": True}

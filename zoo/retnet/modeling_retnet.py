@@ -32,8 +32,6 @@ from ..core.mixer import Context
 from ..core.registry import register_mixer
 from .configuration_retnet import RetNetConfig
 
-__all__ = ["RetNetForCausalLM", "RetNetForSequenceClassification", "RetNetMixer", "RetNetModel"]
-
 
 @register_mixer("retnet")
 class RetNetMixer(LinearMixer):

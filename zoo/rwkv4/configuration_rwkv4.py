@@ -7,8 +7,6 @@ from huggingface_hub.dataclasses import strict
 from ..core.configuration import RecurrentConfig
 from ..core.rwkv import RWKVConfig
 
-__all__ = ["RWKV4Config"]
-
 
 def _size(layers: int, width: int) -> dict:
     return {"vocab_size": 50277, "num_hidden_layers": layers, "hidden_size": width}

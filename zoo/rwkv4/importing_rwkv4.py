@@ -8,8 +8,6 @@ from ..core.importing import Format, Rule, renamed
 from ..core.rwkv_files import plain_fields, pth_format, pth_rules, refuse_unless, vector
 from .configuration_rwkv4 import RWKV4Config
 
-__all__ = ["FORMATS"]
-
 # transformers leaves out of config.json what equals its defaults, so they are needed here. `rescale_every` is none of
 # the model: it halves weights and hidden states alike, against overflow in float16.
 DEFAULTS = {

@@ -33,8 +33,6 @@ from ..core.registry import register_channel_mixer, register_mixer
 from ..core.rwkv import ChannelMix, curve, depth, factor_shape, mix, orthogonal_, ramp, shift
 from .configuration_rwkv4 import RWKV4Config
 
-__all__ = ["RWKV4ChannelMix", "RWKV4ForCausalLM", "RWKV4ForSequenceClassification", "RWKV4Mixer", "RWKV4Model"]
-
 
 @dataclasses.dataclass
 class RWKV4State(MixerState):

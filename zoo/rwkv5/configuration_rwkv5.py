@@ -6,8 +6,6 @@ from huggingface_hub.dataclasses import strict
 
 from ..core.rwkv_heads import HeadedConfig
 
-__all__ = ["RWKV5Config"]
-
 
 def _size(layers: int, width: int) -> dict:
     return {"vocab_size": 65536, "num_hidden_layers": layers, "hidden_size": width, "head_dim": 64}

@@ -8,8 +8,6 @@ from ..core.importing import Rule, renamed
 from ..core.rwkv_files import head_fields, pth_format, pth_rules, stacked
 from .configuration_rwkv5 import RWKV5Config
 
-__all__ = ["FORMATS"]
-
 SAME = {
     "decay": "time_decay",
     "bonus": "time_faaaa",

@@ -27,14 +27,6 @@ from ..core.rwkv import ChannelMix, depth, mix, orthogonal_, ramp, shift
 from ..core.rwkv_heads import HeadedMixer, HeadedState
 from .configuration_rwkv5 import RWKV5Config
 
-__all__ = [
-    "RWKV5ChannelMix",
-    "RWKV5ForCausalLM",
-    "RWKV5ForSequenceClassification",
-    "RWKV5Mixer",
-    "RWKV5Model",
-]
-
 
 @register_channel_mixer("rwkv5")
 class RWKV5ChannelMix(ChannelMix):

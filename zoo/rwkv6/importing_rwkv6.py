@@ -23,8 +23,6 @@ from ..core.rwkv_files import (
 )
 from .configuration_rwkv6 import RWKV6Config
 
-__all__ = ["FORMATS"]
-
 # What these formats have no place for.
 LIMITS = {"rwkv6_gate": "silu", "rwkv6_balance": False}
 

@@ -29,8 +29,6 @@ from ..core.rwkv import ChannelMix, depth, mix, orthogonal_, ramp, shift
 from ..core.rwkv_heads import HeadedMixer, HeadedState, LowRank
 from .configuration_rwkv6 import RWKV6Config
 
-__all__ = ["RWKV6ChannelMix", "RWKV6ForCausalLM", "RWKV6ForSequenceClassification", "RWKV6Mixer", "RWKV6Model"]
-
 
 @register_channel_mixer("rwkv6")
 class RWKV6ChannelMix(ChannelMix):

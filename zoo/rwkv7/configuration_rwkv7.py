@@ -7,8 +7,6 @@ from huggingface_hub.dataclasses import strict
 from ..core.configuration import RecurrentConfig
 from ..core.rwkv_heads import HeadedConfig
 
-__all__ = ["RWKV7Config"]
-
 
 def _size(layers: int, width: int, **ranks: int) -> dict:
     return {"vocab_size": 65536, "num_hidden_layers": layers, "hidden_size": width, "head_dim": 64} | ranks

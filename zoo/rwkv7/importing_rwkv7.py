@@ -21,8 +21,6 @@ from ..core.rwkv_files import (
 )
 from .configuration_rwkv7 import RWKV7Config
 
-__all__ = ["FORMATS"]
-
 LIMITS = {"rwkv7_value_residual": True}
 FUNCTIONS = {"decay": "w", "rate": "a", "share": "v", "gate": "g"}
 MIX = [f"x_{name}" for name in "rwkvag"]

@@ -38,8 +38,6 @@ from ..core.rwkv import ChannelMix, curve, depth, mix, orthogonal_, ramp, shift
 from ..core.rwkv_heads import HeadedMixer, HeadedState, LowRank
 from .configuration_rwkv7 import RWKV7Config
 
-__all__ = ["RWKV7ChannelMix", "RWKV7ForCausalLM", "RWKV7ForSequenceClassification", "RWKV7Mixer", "RWKV7Model"]
-
 
 @register_channel_mixer("rwkv7")
 class RWKV7ChannelMix(ChannelMix):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
 
-__all__ = ["S4Config", "StateSpaceConfig"]
+# Models of the Long Range Arena, where the layers follow each other without MLPs.
+LONG_RANGE = {"num_hidden_layers": 6, "intermediate_size": 0, "norm_type": "layer"}
 
 
 @strict
@@ -50,16 +49,9 @@ class S4Config(StateSpaceConfig):
 
     s4_init: str = "legs"
 
-    # Of the Long Range Arena, image and Path-X; there the layers follow each other without MLPs.
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        "LRA-image": {"hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 0, "norm_type": "layer"},
-        "LRA-path-x": {
-            "hidden_size": 256,
-            "num_hidden_layers": 6,
-            "intermediate_size": 0,
-            "norm_type": "layer",
-            "s4_dt_min": 0.0001,
-        },
+    sizes = {
+        "LRA-image": LONG_RANGE | {"hidden_size": 512},
+        "LRA-path-x": LONG_RANGE | {"hidden_size": 256, "s4_dt_min": 0.0001},
     }
 
     @staticmethod

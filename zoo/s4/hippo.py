@@ -19,8 +19,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["HIPPO", "dplr", "legs", "legt", "low_rank"]
-
 
 def _scales(size: int) -> Tensor:
     return (2 * torch.arange(size, dtype=torch.float64) + 1).sqrt()

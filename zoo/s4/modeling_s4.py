@@ -32,8 +32,6 @@ from .configuration_s4 import S4Config
 from .hippo import dplr
 from .state_space import PairedMixer, as_complex, fill, pairs
 
-__all__ = ["S4ForCausalLM", "S4ForSequenceClassification", "S4Mixer", "S4Model"]
-
 RANKS = {"legs": 1, "legt": 2}
 # LegT's normal part has no real part at all, which a logarithm cannot say; state-spaces/s4 takes the same.
 LEAST_DECAY = 1e-4

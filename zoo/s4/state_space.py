@@ -21,8 +21,6 @@ from ..core.mixer import Context, Mixer, MixerState
 from ..core.recurrences import state_space
 from .configuration_s4 import StateSpaceConfig
 
-__all__ = ["PairedMixer", "StateSpaceMixer", "StateSpaceState", "as_complex", "fill", "pairs"]
-
 
 @dataclasses.dataclass
 class StateSpaceState(MixerState):

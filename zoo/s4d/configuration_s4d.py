@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
 from ..s4.configuration_s4 import S4Config, StateSpaceConfig
-
-__all__ = ["S4DConfig"]
 
 
 @strict
@@ -27,7 +23,7 @@ class S4DConfig(StateSpaceConfig):
     s4d_init: str = "lin"
     s4d_discretization: str = "zoh"
 
-    sizes: ClassVar[dict[str, dict[str, Any]]] = S4Config.sizes
+    sizes = S4Config.sizes
 
     @staticmethod
     def derive(config: RecurrentConfig) -> None:

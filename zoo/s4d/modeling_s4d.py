@@ -28,8 +28,6 @@ from ..s4.hippo import dplr
 from ..s4.state_space import PairedMixer, as_complex
 from .configuration_s4d import S4DConfig
 
-__all__ = ["S4DForCausalLM", "S4DForSequenceClassification", "S4DMixer", "S4DModel", "eigenvalues"]
-
 
 def eigenvalues(kind: str, size: int) -> tuple[Tensor, Tensor]:
     """A and B (N/2,) at the start, complex128."""

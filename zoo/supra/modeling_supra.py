@@ -26,8 +26,6 @@ from ..core.recurrences import linear_attention, linear_attention_matrix
 from ..core.registry import register_mixer
 from .configuration_supra import SupraConfig
 
-__all__ = ["SupraForCausalLM", "SupraForSequenceClassification", "SupraMixer", "SupraModel", "alibi_slopes"]
-
 
 def alibi_slopes(heads: int) -> list[float]:
     """One slope per head, for any number of heads.

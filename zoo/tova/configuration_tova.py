@@ -6,8 +6,6 @@ from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
 
-__all__ = ["TovaConfig"]
-
 
 @strict
 class TovaConfig(RecurrentConfig):

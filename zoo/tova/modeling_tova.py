@@ -34,8 +34,6 @@ from ..core.mixer import AttentionWeights, Context, Mixer, MixerState
 from ..core.registry import register_mixer
 from .configuration_tova import TovaConfig
 
-__all__ = ["TovaForCausalLM", "TovaForSequenceClassification", "TovaMixer", "TovaModel"]
-
 # Tokens that are laid out at once; memory is this times N plus this.
 PIECE = 512
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
-
-__all__ = ["TransformerConfig"]
 
 SMOLLM2 = {"vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 LLAMA = {"vocab_size": 32000, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 10000.0}}
@@ -21,7 +17,7 @@ class TransformerConfig(RecurrentConfig):
     model_type = "rnnzoo-transformer"
     mixer = "transformer"
     # SmolLM2 (135M, 360M, 1.7B), TinyLlama (1.1B), LLaMA (7B).
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
+    sizes = {
         "135M": SMOLLM2
         | {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
         | {"intermediate_size": 1536, "rope_parameters": {"rope_theta": 100000.0}},

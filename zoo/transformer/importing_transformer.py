@@ -10,8 +10,6 @@ from ...kernels.errors import RnnzooError
 from ..core.importing import Format, Rule, renamed
 from .configuration_transformer import TransformerConfig
 
-__all__ = ["FORMATS"]
-
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",

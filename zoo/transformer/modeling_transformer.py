@@ -18,8 +18,6 @@ from ..core.heads import model_classes
 from ..core.registry import register_mixer
 from .configuration_transformer import TransformerConfig
 
-__all__ = ["TransformerForCausalLM", "TransformerForSequenceClassification", "TransformerMixer", "TransformerModel"]
-
 
 @register_mixer("transformer")
 class TransformerMixer(FullAttention):

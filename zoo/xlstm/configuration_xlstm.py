@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 
 from ..core.configuration import RecurrentConfig
-
-__all__ = ["xLSTMConfig"]
 
 
 @strict
@@ -23,14 +19,9 @@ class xLSTMConfig(RecurrentConfig):
 
     model_type = "rnnzoo-xlstm"
     mixer = "xlstm"
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        "7B": {
-            "vocab_size": 50304,
-            "hidden_size": 4096,
-            "intermediate_size": 10944,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 8,
-        }
+    sizes = {
+        "7B": {"vocab_size": 50304, "hidden_size": 4096, "intermediate_size": 10944, "num_hidden_layers": 32}
+        | {"num_attention_heads": 8}
     }
 
     rms_norm_eps: float = 1e-6

@@ -8,8 +8,6 @@ from ...kernels.errors import RnnzooError
 from ..core.importing import Format, Rule, renamed
 from .configuration_xlstm import xLSTMConfig
 
-__all__ = ["FORMATS"]
-
 # transformers leaves out of config.json what equals its defaults, so they are needed here.
 DEFAULTS = {
     "hidden_size": 4096,

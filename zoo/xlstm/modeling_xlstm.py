@@ -35,8 +35,6 @@ from ..core.recurrences import linear_attention
 from ..core.registry import register_mixer
 from .configuration_xlstm import xLSTMConfig
 
-__all__ = ["running_maximum", "xLSTMForCausalLM", "xLSTMForSequenceClassification", "xLSTMMixer", "xLSTMModel"]
-
 
 @dataclasses.dataclass
 class xLSTMState(MixerState):
