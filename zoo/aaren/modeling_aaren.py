@@ -63,11 +63,7 @@ class AarenMixer(Mixer):
         init.normal_(self.query, std=1.0)  # as large as the normed tokens, in whose place it stands
 
     def init_from_attention(self, weights: AttentionWeights) -> None:
-        """q, k, v and o take the teacher's places; u, which stands for what the teacher's queries were made of, stays.
-
-        Raises:
-            ShapeError: sizes differ, or a bias or norm has no place.
-        """
+        """q, k, v and o take the teacher's places; u, which stands for what its queries were made of, stays."""
         self.proj.load(weights)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> AarenState:

@@ -76,12 +76,7 @@ class LinearMixer(Mixer):
         return o.flatten(-2)
 
     def init_from_attention(self, weights: AttentionWeights) -> None:
-        """W_q, W_k, W_v, W_o <- q, k, v, o, with their biases and norms; all else stays as it is.
-
-        Raises:
-            ShapeError: heads or widths are not the teacher's (see `student_fields` of the configuration), or a bias or
-                norm of the teacher has no place.
-        """
+        """W_q, W_k, W_v, W_o <- q, k, v, o, with their biases and norms; all else stays as it is."""
         self.proj.load(weights)
 
     def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MatrixState:

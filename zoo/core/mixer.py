@@ -221,7 +221,8 @@ class Mixer(SelfInitialised):
         What it takes from the teacher it copies, repeats or scales: `filled_from_attention` finds it by that.
 
         Raises:
-            RnnzooError: this mixer has no such start, or the sizes do not fit.
+            RnnzooError: this mixer has no such start. ShapeError: heads or widths are not the teacher's (those of
+                `student_fields` of the configuration are), or a bias or norm of the teacher has no place.
         """
         raise RnnzooError(f"A '{self.layer_type}' layer cannot be started from an attention layer.")
 

@@ -119,9 +119,6 @@ class HawkMixer(Mixer):
 
         So every head averages the teacher's values over time; its q and k, with their biases and norms, have no place.
         No published conversion to this block is known to us: this is the choice of MOHAWK (v, o, identity) for it.
-
-        Raises:
-            ShapeError: the sizes are not those of `HawkConfig.student_fields`.
         """
         weights = weights.repeated()
         copy_weight(self.linear_x.weight, weights.v, "linear_x.weight", None)

@@ -94,11 +94,7 @@ class JRTMixer(LinearMixer):
 
     @torch.no_grad()
     def init_from_attention(self, weights: AttentionWeights) -> None:
-        """q, k, v, o take the teacher's places, and its k and v the encoder's too, which so reads as the decoder does.
-
-        Raises:
-            ShapeError: heads or widths are not the teacher's, or a bias or norm of the teacher has no place.
-        """
+        """q, k, v, o take the teacher's places, its k and v the encoder's too, which so reads as the decoder does."""
         super().init_from_attention(weights)
         for name in "kv":
             layer = getattr(self, f"encoder_{name}_proj")

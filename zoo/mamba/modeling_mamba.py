@@ -113,8 +113,7 @@ class MambaMixer(Mixer):
         """x <- v, B <- k, C <- q, out_proj <- o, with biases and norms; z, dt, A, D and the convolution stay.
 
         Raises:
-            RnnzooError: a layer without groups. ShapeError: the sizes are not those of `MambaConfig.student_fields`, or
-                a bias or norm has no place.
+            RnnzooError: a layer without groups.
         """
         if not self.grouped:
             raise RnnzooError(

@@ -106,11 +106,7 @@ class Mamba2Mixer(Mixer):
 
     @torch.no_grad()
     def init_from_attention(self, weights: AttentionWeights) -> None:
-        """x <- v, B <- k, C <- q, out_proj <- o, with biases and norms; z, dt, A, D and the convolution stay.
-
-        Raises:
-            ShapeError: the sizes are not those of `Mamba2Config.student_fields`, or a bias or norm has no place.
-        """
+        """x <- v, B <- k, C <- q, out_proj <- o, with biases and norms; z, dt, A, D and the convolution stay."""
         rows = [self.heads * self.head_dim, *self.conv_widths, self.heads]
         _, x, b, c, _ = self.in_proj.weight.split(rows)
         biases = [None] * 5 if self.in_proj.bias is None else self.in_proj.bias.split(rows)

@@ -81,9 +81,6 @@ class PhiMambaMixer(Mixer):
 
         The convolution is the identity, the gate open (z = 0, silu(b_z) = 1), D and the decays as in a fresh layer. The
         factor stands in C because M has none; where q is normed, in the norm's weight.
-
-        Raises:
-            ShapeError: heads or widths are not the teacher's, or a bias or norm has no place.
         """
         weights, scale = weights.repeated(), weights.head_dim**-0.5
         if self.proj.q_norm is None:

@@ -85,11 +85,7 @@ class RWKV6Mixer(HeadedMixer):
 
     @torch.no_grad()
     def init_from_attention(self, weights: AttentionWeights) -> None:
-        """R, K, V, O <- q, k, v, o with biases and norms; see the head of this file for the rest.
-
-        Raises:
-            ShapeError: heads or sizes differ, or a bias or norm has no place.
-        """
+        """R, K, V, O <- q, k, v, o with biases and norms; see the head of this file for the rest."""
         self.proj.load(weights)
         for at_zero in (self.shift.mix_x, self.shift.mix, self.shift.down.weight, self.decay.down.weight):
             at_zero.zero_()

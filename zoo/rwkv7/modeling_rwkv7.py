@@ -95,11 +95,7 @@ class RWKV7Mixer(HeadedMixer):
 
     @torch.no_grad()
     def init_from_attention(self, weights: AttentionWeights) -> None:
-        """R, K, V, O <- q, k, v, o with biases and norms; see the head of this file for the rest.
-
-        Raises:
-            ShapeError: heads or sizes differ, or a bias or norm has no place.
-        """
+        """R, K, V, O <- q, k, v, o with biases and norms; see the head of this file for the rest."""
         self.proj.load(weights)
         from_zero, _ = depth(self.config, self.layer_idx)
         speed = curve(self.removal.numel(), -6.5, 5, 0.85 + from_zero**0.5, self.mix.device)

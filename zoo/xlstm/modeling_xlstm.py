@@ -73,11 +73,7 @@ class xLSTMMixer(Mixer):
         init.copy_(self.f_proj.bias, torch.linspace(3.0, 6.0, self.proj.num_kv_heads, device=self.f_proj.bias.device))
 
     def init_from_attention(self, weights: AttentionWeights) -> None:
-        """q, k, v and o take the teacher's places; gates and norm stay.
-
-        Raises:
-            ShapeError: keys are not as wide as the teacher's (`xLSTMConfig.student_fields`), or other sizes differ.
-        """
+        """q, k, v and o take the teacher's places; gates and norm stay."""
         self.proj.load(weights)
 
     @torch.no_grad()
