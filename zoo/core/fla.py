@@ -11,9 +11,9 @@ from typing import Any
 
 from ...kernels.errors import RnnzooError
 from .configuration import RecurrentConfig
-from .importing import Rule, expect_fields, joined, renamed
+from .importing import SAME, Rule, expect_fields, joined, renamed
 
-__all__ = ["delta_rules", "delta_settings", "fla_config", "fla_fields", "fla_rules", "fla_values"]
+__all__ = ["DEFAULTS", "delta_rules", "delta_settings", "fla_config", "fla_fields", "fla_rules", "fla_values"]
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -32,17 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "attn": None,
     "attnres_block_size": None,
 }
-SAME = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "max_position_embeddings",
-    "initializer_range",
-    "tie_word_embeddings",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)
+FLA_SAME = (*SAME, "max_position_embeddings")
 
 
 def fla_values(source: Mapping[str, Any], own: Mapping[str, Any], refused: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +59,7 @@ def fla_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     width = values["intermediate_size"]
     if width is None:
         width = -(-int(values["hidden_size"] * (values["hidden_ratio"] or 4) * 2 / 3) // 256) * 256
-    return {name: values[name] for name in SAME} | {"intermediate_size": width, "rms_norm_eps": values["norm_eps"]}
+    return {name: values[name] for name in FLA_SAME} | {"intermediate_size": width, "rms_norm_eps": values["norm_eps"]}
 
 
 def fla_config(config: RecurrentConfig, model_type: str, class_name: str, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +75,7 @@ def fla_config(config: RecurrentConfig, model_type: str, class_name: str, own: M
         raise RnnzooError("FLA's format has neither layers of other kinds nor blocks without an MLP.")
     return (
         {"architectures": [f"{class_name}ForCausalLM"], "model_type": model_type, "hidden_act": "swish"}
-        | {name: getattr(config, name) for name in SAME}
+        | {name: getattr(config, name) for name in FLA_SAME}
         | {"intermediate_size": config.intermediate_size, "norm_eps": config.rms_norm_eps}
         | dict(own)
         | {"dtype": str(config.dtype).removeprefix("torch.")}

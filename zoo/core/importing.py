@@ -27,6 +27,7 @@ from .registry import config_class
 from .sizes import causal_lm_class
 
 __all__ = [
+    "SAME",
     "Format",
     "Rule",
     "expect_fields",
@@ -35,6 +36,7 @@ __all__ = [
     "import_checkpoint",
     "importable",
     "joined",
+    "of_type",
     "recognised_format",
     "renamed",
 ]
@@ -52,6 +54,9 @@ COPIED = (
 SHARD_BYTES = 4 * 2**30
 HEAD = "lm_head.weight"
 
+# Fields that most formats have under the same names.
+SAME = ("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range", "tie_word_embeddings")
+SAME += ("pad_token_id", "bos_token_id", "eos_token_id")
 
 # Blocks as most formats have them: Llama's.
 PLAIN = {
@@ -94,10 +99,7 @@ def renamed(ours: str, theirs: str, names: Iterable[str] | Mapping[str, str]) ->
 def joined(ours: str, theirs: Sequence[str], sizes: Sequence[int], dim: int = 0) -> Rule:
     """One tensor of ours that is several of theirs, of `sizes` along `dim`, one after the other."""
     return Rule(
-        (ours,),
-        tuple(theirs),
-        lambda *parts: (torch.cat(parts, dim),),
-        lambda whole: whole.split(list(sizes), dim),
+        (ours,), tuple(theirs), lambda *parts: (torch.cat(parts, dim),), lambda whole: whole.split(list(sizes), dim)
     )
 
 
@@ -134,6 +136,11 @@ class Format:
     rules: Callable[[RecurrentConfig], Iterable[Rule]]
     ignored: str | None = None
     file: str | None = None
+
+
+def of_type(*kinds: str) -> Callable[[dict, dict[str, tuple[int, ...]]], bool]:
+    """`recognises` of a format whose config.json has one of these as its model_type."""
+    return lambda config, shapes: config.get("model_type") in kinds
 
 
 def importable() -> tuple[str, ...]:

@@ -263,9 +263,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if self.perspectives is not None:
             hidden = self.perspectives(hidden)
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            hidden_states=(*all_hidden, hidden) if collect else None,
-            **{CACHE_NAME: cache},
+            last_hidden_state=hidden, hidden_states=(*all_hidden, hidden) if collect else None, **{CACHE_NAME: cache}
         )
 
     def _cache(self, given: RecurrentCache | None, use_cache: bool | None) -> RecurrentCache | None:

@@ -9,12 +9,7 @@ from torch import Tensor
 
 from ...kernels.block_scan import block_scan, block_scan_step
 from ...kernels.delta_rule import delta_rule, delta_rule_step
-from ...kernels.gated_linear_attention import (
-    Window,
-    WindowState,
-    gated_linear_attention,
-    gated_linear_attention_step,
-)
+from ...kernels.gated_linear_attention import Window, WindowState, gated_linear_attention, gated_linear_attention_step
 from ...kernels.linear_scan import linear_scan, linear_scan_step
 from ...kernels.long_conv import long_conv, long_conv_step
 from ...kernels.selective_scan import selective_scan, selective_scan_step

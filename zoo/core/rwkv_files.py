@@ -14,10 +14,12 @@ import torch
 
 from ...kernels.errors import RnnzooError
 from .configuration import RecurrentConfig
-from .importing import Format, Rule, renamed
+from .fla import DEFAULTS
+from .importing import SAME, Format, Rule, renamed
 
 __all__ = [
     "FLA",
+    "PTH_HEADS",
     "block_count",
     "fla_fields",
     "fla_values",
@@ -77,6 +79,17 @@ def stacked(ours: str, theirs: Sequence[str]) -> Rule:
 def transposed(ours: str, theirs: str) -> Rule:
     """A matrix that theirs multiply from the right."""
     return Rule((ours,), (theirs,), lambda x: (x.T,), lambda x: (x.T,))
+
+
+# Norm and projections of a mixer with heads, in the authors' files.
+PTH_HEADS = {
+    "norm.weight": "ln_x.weight",
+    "norm.bias": "ln_x.bias",
+    "proj.q_proj.weight": "receptance.weight",
+    "proj.k_proj.weight": "key.weight",
+    "proj.v_proj.weight": "value.weight",
+    "proj.o_proj.weight": "output.weight",
+}
 
 
 def block_count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
@@ -195,35 +208,8 @@ def pth_format(
 
 
 # FLA leaves out of config.json what equals its defaults, so they are needed here.
-FLA_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "num_hidden_layers": 24,
-    "intermediate_size": None,
-    "hidden_act": "sqrelu",
-    "max_position_embeddings": 2048,
-    "norm_first": True,
-    "norm_bias": True,
-    "norm_eps": 1e-5,
-    "attn": None,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FLA_SAME = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "intermediate_size",
-    "max_position_embeddings",
-    "initializer_range",
-    "tie_word_embeddings",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)
+FLA_DEFAULTS = DEFAULTS | {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "norm_eps": 1e-5}
+FLA_SAME = (*SAME, "intermediate_size", "max_position_embeddings")
 
 
 def fla_fields(source: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..core.fla import delta_rules, delta_settings, fla_config, fla_fields, fla_rules, fla_values
-from ..core.importing import Format, Rule
+from ..core.importing import Format, Rule, of_type
 from .configuration_delta_net import DeltaNetConfig
 
 OWN = {"expand_k": 1.0, "expand_v": 1.0, "use_gate": False, "allow_neg_eigval": False, "conv_size": 4, "num_heads": 16}
@@ -39,4 +39,4 @@ def _rules(config: DeltaNetConfig) -> Iterator[Rule]:
     return fla_rules(config, delta_rules(config, "delta", ["g_proj.weight"] if config.delta_gate else []))
 
 
-FORMATS = (Format("fla", lambda config, shapes: config.get("model_type") == "delta_net", _to_ours, _to_theirs, _rules),)
+FORMATS = (Format("fla", of_type("delta_net"), _to_ours, _to_theirs, _rules),)

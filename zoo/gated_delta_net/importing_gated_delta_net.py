@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels.errors import RnnzooError
 from ..core.fla import delta_rules, delta_settings, fla_config, fla_fields, fla_rules, fla_values
-from ..core.importing import Format, Rule, expect_fields, renamed
+from ..core.importing import Format, Rule, expect_fields, of_type, renamed
 from .configuration_gated_delta_net import GatedDeltaNetConfig
 
 KINDS = {"linear_attention": "gated_delta_net", "full_attention": "gated_delta_net.attention"}
@@ -169,19 +169,7 @@ def _qwen_rules(config: GatedDeltaNetConfig) -> Iterator[Rule]:
 
 
 FORMATS = (
-    Format(
-        "fla",
-        lambda config, shapes: config.get("model_type") == "gated_deltanet",
-        _fla_to_ours,
-        _ours_to_fla,
-        _fla_rules,
-    ),
-    Format(
-        "transformers",
-        lambda config, shapes: config.get("model_type") == "qwen3_next",
-        _qwen_to_ours,
-        _ours_to_qwen,
-        _qwen_rules,
-        ignored=r"^mtp\.",  # the heads that predict further tokens
-    ),
+    Format("fla", of_type("gated_deltanet"), _fla_to_ours, _ours_to_fla, _fla_rules),
+    # Ignored are the heads that predict further tokens.
+    Format("transformers", of_type("qwen3_next"), _qwen_to_ours, _ours_to_qwen, _qwen_rules, ignored=r"^mtp\."),
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ...kernels.errors import RnnzooError
 from ..core.fla import fla_config, fla_fields, fla_rules, fla_values
-from ..core.importing import Format, Rule, renamed
+from ..core.importing import Format, Rule, of_type, renamed
 from .configuration_gla import GLAConfig
 
 OWN = {"num_heads": 4, "num_kv_heads": None, "expand_k": 0.5, "expand_v": 1.0}
@@ -49,4 +49,4 @@ def _rules(config: GLAConfig) -> Iterator[Rule]:
     yield from fla_rules(config, renamed("", "", names))
 
 
-FORMATS = (Format("fla", lambda config, shapes: config.get("model_type") == "gla", _to_ours, _to_theirs, _rules),)
+FORMATS = (Format("fla", of_type("gla"), _to_ours, _to_theirs, _rules),)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...kernels.errors import RnnzooError
-from ..core.importing import Format, Rule, renamed
+from ..core.importing import Format, Rule, of_type, renamed
 from .configuration_griffin import GriffinConfig, normalizer
 
 # transformers' RecurrentGemmaConfig leaves out of config.json what equals its defaults, so they are needed here.
@@ -34,24 +34,10 @@ DEFAULTS: dict[str, Any] = {
     "w_init_variance_scale": 0.01,
     "tie_word_embeddings": True,
 }
-SAME = (
-    "num_hidden_layers",
-    "vocab_size",
-    "hidden_size",
-    "num_attention_heads",
-    "rms_norm_eps",
-    "pad_token_id",
-    "eos_token_id",
-    "bos_token_id",
-    "attention_bias",
-    "tie_word_embeddings",
-)
-RENAMED = {
-    "attention_window_size": "sliding_window",
-    "conv1d_width": "rglru_conv_kernel",
-    "logits_soft_cap": "logit_cap",
-    "w_init_variance_scale": "rglru_init_variance",
-}
+FIELDS = ("num_hidden_layers", "vocab_size", "hidden_size", "num_attention_heads", "rms_norm_eps", "pad_token_id")
+FIELDS += ("eos_token_id", "bos_token_id", "attention_bias", "tie_word_embeddings")
+RENAMED = {"attention_window_size": "sliding_window", "conv1d_width": "rglru_conv_kernel"}
+RENAMED |= {"logits_soft_cap": "logit_cap", "w_init_variance_scale": "rglru_init_variance"}
 KINDS = {"recurrent": "griffin", "attention": "sliding_attention"}
 
 
@@ -65,7 +51,7 @@ def _to_ours(source: dict, shapes: dict) -> GriffinConfig:
             f"RecurrentGemma rotates without scaling, but this checkpoint asks for {rope['rope_type']!r}."
         )
     pattern = [KINDS[kind] for kind in values["block_types"]]
-    fields = {name: values[name] for name in SAME} | {new: values[old] for old, new in RENAMED.items()}
+    fields = {name: values[name] for name in FIELDS} | {new: values[old] for old, new in RENAMED.items()}
     return GriffinConfig(
         **fields,
         layer_types=[pattern[i % len(pattern)] for i in range(layers)],
@@ -82,19 +68,10 @@ def _to_ours(source: dict, shapes: dict) -> GriffinConfig:
 
 def _to_theirs(config: GriffinConfig) -> dict:
     heads = config.num_attention_heads
-    required = {
-        "channel_mixer": "mlp",
-        "embedding_norm": False,
-        "embedding_scale": normalizer(config.hidden_size),
-        "head_dim": config.hidden_size // heads,
-        "mlp_bias": True,
-        "mlp_type": "gated",
-        "norm_type": "rms_offset",
-        "parallel_residual": False,
-        "qk_norm": False,
-        "rglru_act": config.hidden_act,
-        "rglru_blocks": heads,
-    }
+    required = {"channel_mixer": "mlp", "mlp_type": "gated", "mlp_bias": True, "norm_type": "rms_offset"}
+    required |= dict.fromkeys(("embedding_norm", "parallel_residual", "qk_norm"), False)
+    required |= {"embedding_scale": normalizer(config.hidden_size), "head_dim": config.hidden_size // heads}
+    required |= {"rglru_act": config.hidden_act, "rglru_blocks": heads}
     if "sliding_attention" in config.layer_types:
         required["attention_output_bias"] = True
     for name, only in required.items():
@@ -107,17 +84,12 @@ def _to_theirs(config: GriffinConfig) -> dict:
         )
     return (
         {"architectures": ["RecurrentGemmaForCausalLM"], "model_type": "recurrent_gemma"}
-        | {name: getattr(config, name) for name in SAME}
+        | {name: getattr(config, name) for name in FIELDS}
         | {old: getattr(config, new) for old, new in RENAMED.items()}
-        | {
-            "num_key_value_heads": config.num_key_value_heads,
-            "intermediate_size": 2 * config.intermediate_size,
-            "lru_width": config.rglru_width,
-            "hidden_activation": config.hidden_act,
-            "block_types": [kinds[kind] for kind in config.layer_types],
-            "rope_parameters": config.rope_parameters,
-            "dtype": str(config.dtype).removeprefix("torch."),
-        }
+        | {"num_key_value_heads": config.num_key_value_heads, "intermediate_size": 2 * config.intermediate_size}
+        | {"lru_width": config.rglru_width, "hidden_activation": config.hidden_act}
+        | {"block_types": [kinds[kind] for kind in config.layer_types], "rope_parameters": config.rope_parameters}
+        | {"dtype": str(config.dtype).removeprefix("torch.")}
     )
 
 
@@ -146,12 +118,4 @@ def _rules(config: GriffinConfig) -> Iterator[Rule]:
             yield from renamed(f"{prefix}mixer.proj.", f"{prefix}temporal_block.", attention)
 
 
-FORMATS = (
-    Format(
-        "transformers",
-        lambda config, shapes: config.get("model_type") == "recurrent_gemma",
-        _to_ours,
-        _to_theirs,
-        _rules,
-    ),
-)
+FORMATS = (Format("transformers", of_type("recurrent_gemma"), _to_ours, _to_theirs, _rules),)

@@ -24,7 +24,7 @@ class HawkConfig(RecurrentConfig):
     mixer = "hawk"
     sizes = {
         "7B": {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-        | {"rglru_width": 5632},
+        | {"rglru_width": 5632}
     }
 
     hidden_act: str = "gelu_pytorch_tanh"

@@ -26,12 +26,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.block_floating_point import quantise
-from ...kernels.gated_linear_attention import (
-    Window,
-    WindowState,
-    gated_linear_attention,
-    ring_positions,
-)
+from ...kernels.gated_linear_attention import Window, WindowState, gated_linear_attention, ring_positions
 from ...kernels.window_step import leaving_keys, window_step
 from ..core.attention import AttentionProjections
 from ..core.heads import model_classes

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ...kernels.errors import RnnzooError
 from ..core.fla import fla_config, fla_fields, fla_rules, fla_values
-from ..core.importing import Format, Rule, joined, renamed
+from ..core.importing import Format, Rule, joined, of_type, renamed
 from .configuration_hgrn import HGRNConfig
 
 OWN = {"expand_ratio": 1, "use_short_conv": False, "conv_size": 4, "use_lower_bound": True}
@@ -43,13 +43,5 @@ def _rules(config: HGRNConfig) -> Iterator[Rule]:
         yield Rule(("model.shared.hgrn.logits",), ("model.lower_bounds",))
 
 
-FORMATS = (
-    Format(
-        "fla",
-        lambda config, shapes: config.get("model_type") == "hgrn",
-        _to_ours,
-        _to_theirs,
-        _rules,
-        ignored=r"^model\.lower_bounds$",  # of a model of one layer, where it is without effect
-    ),
-)
+# Bounds of a model of one layer are without effect.
+FORMATS = (Format("fla", of_type("hgrn"), _to_ours, _to_theirs, _rules, ignored=r"^model\.lower_bounds$"),)

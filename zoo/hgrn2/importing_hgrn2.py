@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ...kernels.errors import RnnzooError
 from ..core.fla import fla_config, fla_fields, fla_rules, fla_values
-from ..core.importing import Format, Rule, renamed
+from ..core.importing import Format, Rule, of_type, renamed
 from .configuration_hgrn2 import HGRN2Config
 
 OWN = {"num_heads": None, "expand_ratio": 128, "use_lower_bound": True}
@@ -39,13 +39,5 @@ def _rules(config: HGRN2Config) -> Iterator[Rule]:
         yield Rule(("model.shared.hgrn2.logits",), ("model.lower_bounds",))
 
 
-FORMATS = (
-    Format(
-        "fla",
-        lambda config, shapes: config.get("model_type") == "hgrn2",
-        _to_ours,
-        _to_theirs,
-        _rules,
-        ignored=r"^model\.lower_bounds$",  # of a model of one layer, where it is without effect
-    ),
-)
+# Bounds of a model of one layer are without effect.
+FORMATS = (Format("fla", of_type("hgrn2"), _to_ours, _to_theirs, _rules, ignored=r"^model\.lower_bounds$"),)

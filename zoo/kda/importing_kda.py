@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ...kernels.errors import RnnzooError
 from ..core.fla import delta_rules, delta_settings, fla_config, fla_fields, fla_rules, fla_values
-from ..core.importing import Format, Rule, expect_fields, renamed
+from ..core.importing import Format, Rule, expect_fields, of_type, renamed
 from .configuration_kda import KDAConfig
 
 KINDS = {"linear_attention": "kda", "full_attention": "kda.attention"}
@@ -154,14 +154,10 @@ def _recognises(mlp: str, config: dict, shapes: dict) -> bool:
 
 # transformers writes every MLP under the name that the authors' code has for mixtures of experts alone, and reads both.
 FORMATS = (
-    Format("fla", lambda config, shapes: config.get("model_type") == "kda", _fla_to_ours, _ours_to_fla, _fla_rules),
+    Format("fla", of_type("kda"), _fla_to_ours, _ours_to_fla, _fla_rules),
     *(
         Format(
-            name,
-            functools.partial(_recognises, mlp),
-            _kimi_to_ours,
-            _ours_to_kimi,
-            functools.partial(_kimi_rules, mlp),
+            name, functools.partial(_recognises, mlp), _kimi_to_ours, _ours_to_kimi, functools.partial(_kimi_rules, mlp)
         )
         for name, mlp in (("transformers", "block_sparse_moe"), ("moonshot", "mlp"))
     ),

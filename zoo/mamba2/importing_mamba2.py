@@ -6,84 +6,22 @@ import math
 from collections.abc import Iterator, Sequence
 
 from ...kernels.errors import RnnzooError
-from ..core.importing import Format, Rule
+from ..core.importing import Format, Rule, of_type
 from ..mamba import mamba_ssm
 from .configuration_mamba2 import Mamba2Config
 
-# transformers' Mamba2Config leaves out of config.json what equals its defaults, so they are needed here.
-DEFAULTS = {
-    "num_heads": 128,
-    "head_dim": 64,
-    "vocab_size": 32768,
-    "hidden_size": 4096,
-    "state_size": 128,
-    "num_hidden_layers": 64,
-    "layer_norm_epsilon": 1e-5,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "conv_kernel": 4,
-    "n_groups": 8,
-    "use_bias": False,
-    "use_conv_bias": True,
-    "hidden_act": "silu",
-    "time_step_min": 0.001,
-    "time_step_max": 0.1,
-    "time_step_floor": 1e-4,
-    "time_step_limit": [0.0, math.inf],
-    "tie_word_embeddings": False,
-    "initializer_range": 0.1,
-}
-SAME = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "initializer_range",
-)
-RENAMED = {
-    "num_heads": "ssm_num_heads",
-    "head_dim": "ssm_head_dim",
-    "state_size": "ssm_state_size",
-    "n_groups": "ssm_groups",
-    "conv_kernel": "ssm_conv_kernel",
-    "use_conv_bias": "ssm_conv_bias",
-    "time_step_min": "ssm_time_step_min",
-    "time_step_max": "ssm_time_step_max",
-    "time_step_floor": "ssm_time_step_floor",
-    "layer_norm_epsilon": "rms_norm_eps",
-}
-# mamba_ssm's options of a layer.
-SSM_CFG = {
-    "d_state": "ssm_state_size",
-    "headdim": "ssm_head_dim",
-    "ngroups": "ssm_groups",
-    "expand": "ssm_expand",
-    "d_conv": "ssm_conv_kernel",
-    "conv_bias": "ssm_conv_bias",
-    "dt_min": "ssm_time_step_min",
-    "dt_max": "ssm_time_step_max",
-    "dt_init_floor": "ssm_time_step_floor",
-    "dt_limit": "ssm_time_step_limit",
-    "norm_before_gate": "ssm_norm_before_gate",
-    "bias": "attention_bias",
-}
+DEFAULTS = mamba_ssm.DEFAULTS | {"vocab_size": 32768, "hidden_size": 4096, "num_hidden_layers": 64, "state_size": 128}
+DEFAULTS |= {"pad_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+DEFAULTS |= {"num_heads": 128, "head_dim": 64, "n_groups": 8, "time_step_limit": [0.0, math.inf]}
+RENAMED = mamba_ssm.RENAMED | {"state_size": "ssm_state_size", "n_groups": "ssm_groups"}
+RENAMED |= {"num_heads": "ssm_num_heads", "head_dim": "ssm_head_dim"}
+SSM_CFG = mamba_ssm.SSM_CFG | {"d_state": "ssm_state_size", "headdim": "ssm_head_dim", "ngroups": "ssm_groups"}
+SSM_CFG |= {"dt_limit": "ssm_time_step_limit", "norm_before_gate": "ssm_norm_before_gate"}
 
 
 def _to_ours(source: dict, shapes: dict) -> Mamba2Config:
-    values = DEFAULTS | {key: value for key, value in source.items() if key in DEFAULTS}
-    if values["hidden_act"] not in ("silu", "swish"):
-        raise RnnzooError(f"Mamba-2 is defined with SiLU, but this checkpoint has hidden_act='{values['hidden_act']}'.")
-    fields = {name: values[name] for name in SAME} | {new: values[old] for old, new in RENAMED.items()}
-    return Mamba2Config(
-        **fields,
-        attention_bias=values["use_bias"],
-        attention_output_bias=values["use_bias"],
-        ssm_time_step_limit=_limit(values["time_step_limit"]),
-    )
+    fields, values = mamba_ssm.from_transformers(source, DEFAULTS, RENAMED)
+    return Mamba2Config(**fields, ssm_time_step_limit=_limit(values["time_step_limit"]))
 
 
 def _limit(bounds: Sequence) -> list[float] | None:
@@ -105,15 +43,10 @@ def _to_theirs(config: Mamba2Config) -> dict:
     _refuse(config)
     if config.ssm_norm_before_gate or config.norm_type != "rms":
         raise RnnzooError("transformers' Mamba-2 has RMS norms alone, the mixer's after the gate.")
+    theirs = mamba_ssm.to_transformers(config, "mamba2", "Mamba2", RENAMED)
     bounds = config.ssm_time_step_limit
-    return (
-        {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "hidden_act": "silu"}
-        | {name: getattr(config, name) for name in SAME}
-        | {old: getattr(config, new) for old, new in RENAMED.items()}
-        | {"use_bias": config.attention_bias, "expand": config.ssm_expand}
-        | ({} if bounds is None else {"time_step_limit": list(bounds)})
-        | {"rms_norm": True, "dtype": str(config.dtype).removeprefix("torch.")}
-    )
+    limit = {} if bounds is None else {"time_step_limit": list(bounds)}
+    return theirs | {"expand": config.ssm_expand, "rms_norm": True} | limit
 
 
 def _names(config: Mamba2Config) -> list[str]:
@@ -148,13 +81,6 @@ def _to_mamba_ssm(config: Mamba2Config) -> dict:
 
 
 FORMATS = (
-    Format("transformers", lambda config, shapes: config.get("model_type") == "mamba2", _to_ours, _to_theirs, _rules),
-    Format(
-        "mamba_ssm",
-        lambda config, shapes: mamba_ssm.layer_of(config) == "Mamba2",
-        _from_mamba_ssm,
-        _to_mamba_ssm,
-        lambda config: mamba_ssm.rules(config, _names(config)),
-        file=mamba_ssm.FILE,
-    ),
+    Format("transformers", of_type("mamba2"), _to_ours, _to_theirs, _rules),
+    mamba_ssm.authors_format("Mamba2", _from_mamba_ssm, _to_mamba_ssm, _names),
 )

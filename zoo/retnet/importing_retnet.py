@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ...kernels.errors import RnnzooError
 from ..core.fla import fla_config, fla_fields, fla_rules, fla_values
-from ..core.importing import Format, Rule, renamed
+from ..core.importing import Format, Rule, of_type, renamed
 from .configuration_retnet import RetNetConfig
 
 OWN = {"num_heads": 8, "num_kv_heads": None, "expand_k": 1.0, "expand_v": 2.0, "hidden_ratio": 2}
@@ -43,4 +43,4 @@ def _rules(config: RetNetConfig) -> Iterator[Rule]:
     yield from fla_rules(config, renamed("", "", names))
 
 
-FORMATS = (Format("fla", lambda config, shapes: config.get("model_type") == "retnet", _to_ours, _to_theirs, _rules),)
+FORMATS = (Format("fla", of_type("retnet"), _to_ours, _to_theirs, _rules),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..core.importing import Format, Rule, renamed
+from ..core.importing import Format, Rule, of_type, renamed
 from ..core.rwkv_files import plain_fields, pth_format, pth_rules, refuse_unless, vector
 from .configuration_rwkv4 import RWKV4Config
 
@@ -22,11 +22,8 @@ DEFAULTS = {
     "eos_token_id": 0,
     "tie_word_embeddings": False,
 }
-RENAMED = {
-    "context_length": "max_position_embeddings",
-    "attention_hidden_size": "rwkv4_width",
-    "layer_norm_epsilon": "rms_norm_eps",
-}
+RENAMED = {"context_length": "max_position_embeddings", "attention_hidden_size": "rwkv4_width"}
+RENAMED |= {"layer_norm_epsilon": "rms_norm_eps"}
 MATRICES = ("key.weight", "value.weight", "receptance.weight", "output.weight")
 
 
@@ -82,6 +79,6 @@ def _rules(config: RWKV4Config) -> Iterator[Rule]:
 
 
 FORMATS = (
-    Format("transformers", lambda config, shapes: config.get("model_type") == "rwkv", _to_ours, _to_theirs, _rules),
+    Format("transformers", of_type("rwkv"), _to_ours, _to_theirs, _rules),
     pth_format("time_first", "ln_x.weight", _pth_to_ours, _pth_rules),
 )

@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..core.importing import Rule, renamed
-from ..core.rwkv_files import head_fields, pth_format, pth_rules, stacked
+from ..core.rwkv_files import PTH_HEADS, head_fields, pth_format, pth_rules, stacked
 from .configuration_rwkv5 import RWKV5Config
 
-SAME = {
-    "decay": "time_decay",
-    "bonus": "time_faaaa",
-    "gate.weight": "gate.weight",
-    "norm.weight": "ln_x.weight",
-    "norm.bias": "ln_x.bias",
-    "proj.q_proj.weight": "receptance.weight",
-    "proj.k_proj.weight": "key.weight",
-    "proj.v_proj.weight": "value.weight",
-    "proj.o_proj.weight": "output.weight",
-}
+SAME = {"decay": "time_decay", "bonus": "time_faaaa", "gate.weight": "gate.weight"} | PTH_HEADS
 
 
 def _attention(layer: int) -> Iterator[Rule]:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ...kernels.errors import RnnzooError
-from ..core.importing import Format, Rule, renamed
+from ..core.importing import Format, Rule, of_type, renamed
 from ..core.rwkv_files import (
     FLA,
+    PTH_HEADS,
     fla_fields,
     fla_values,
     head_fields,
@@ -28,17 +29,7 @@ LIMITS = {"rwkv6_gate": "silu", "rwkv6_balance": False}
 
 # The authors' -------------------------------------------------------------------------------------------------------
 
-PTH_SAME = {
-    "shift.up": "time_maa_w2",
-    "bonus": "time_faaaa",
-    "gate.weight": "gate.weight",
-    "norm.weight": "ln_x.weight",
-    "norm.bias": "ln_x.bias",
-    "proj.q_proj.weight": "receptance.weight",
-    "proj.k_proj.weight": "key.weight",
-    "proj.v_proj.weight": "value.weight",
-    "proj.o_proj.weight": "output.weight",
-}
+PTH_SAME = {"shift.up": "time_maa_w2", "bonus": "time_faaaa", "gate.weight": "gate.weight"} | PTH_HEADS
 
 
 def _pth_mixer(layer: int) -> Iterator[Rule]:
@@ -52,11 +43,11 @@ def _pth_mixer(layer: int) -> Iterator[Rule]:
 
 
 def _pth_to_ours(source: dict, shapes: dict) -> RWKV6Config:
-    ranks = {
-        "rwkv6_mix_rank": shapes["blocks.0.att.time_maa_w2"][1],
-        "rwkv6_decay_rank": shapes["blocks.0.att.time_decay_w1"][1],
-    }
-    return RWKV6Config(**head_fields(shapes, "time_faaaa"), **ranks)
+    return RWKV6Config(
+        **head_fields(shapes, "time_faaaa"),
+        rwkv6_mix_rank=shapes["blocks.0.att.time_maa_w2"][1],
+        rwkv6_decay_rank=shapes["blocks.0.att.time_decay_w1"][1],
+    )
 
 
 def _pth_rules(config: RWKV6Config) -> Iterator[Rule]:
@@ -65,14 +56,8 @@ def _pth_rules(config: RWKV6Config) -> Iterator[Rule]:
 
 # FLA's --------------------------------------------------------------------------------------------------------------
 
-FLA_OWN = {
-    "hidden_ratio": 3.5,
-    "expand_k": 0.5,
-    "expand_v": 1.0,
-    "num_heads": 4,
-    "proj_low_rank_dim": 32,
-    "gate_low_rank_dim": 64,
-}
+FLA_OWN = {"hidden_ratio": 3.5, "expand_k": 0.5, "expand_v": 1.0, "num_heads": 4}
+FLA_OWN |= {"proj_low_rank_dim": 32, "gate_low_rank_dim": 64}
 FLA_SAME = {
     "shift.mix_x": "x_proj.0.mu",
     "decay.down.weight": "w_proj.linear.lora.0.weight",
@@ -137,14 +122,9 @@ def _fla_to_theirs(config: RWKV6Config) -> dict:
             f"{config.rwkv_group_eps} and {config.rms_norm_eps}."
         )
     heads, width = config.num_attention_heads, config.hidden_size
-    own = {
-        "num_heads": heads,
-        "expand_k": heads * config.rwkv6_key_width / width,
-        "expand_v": heads * config.head_dim / width,
-        "proj_low_rank_dim": config.rwkv6_mix_rank,
-        "gate_low_rank_dim": config.rwkv6_decay_rank,
-    }
-    return fla_values(config, "RWKV6", own, LIMITS)
+    own = {"expand_k": heads * config.rwkv6_key_width / width, "expand_v": heads * config.head_dim / width}
+    own |= {"proj_low_rank_dim": config.rwkv6_mix_rank, "gate_low_rank_dim": config.rwkv6_decay_rank}
+    return fla_values(config, "RWKV6", {"num_heads": heads} | own, LIMITS)
 
 
 def _fla_rules(config: RWKV6Config) -> Iterator[Rule]:
@@ -153,5 +133,5 @@ def _fla_rules(config: RWKV6Config) -> Iterator[Rule]:
 
 FORMATS = (
     pth_format("time_maa_w1", "r_k", _pth_to_ours, _pth_rules, LIMITS | {"rwkv_group_eps": 64e-5}),
-    Format("fla", lambda config, shapes: config.get("model_type") == "rwkv6", _fla_to_ours, _fla_to_theirs, _fla_rules),
+    Format("fla", of_type("rwkv6"), _fla_to_ours, _fla_to_theirs, _fla_rules),
 )

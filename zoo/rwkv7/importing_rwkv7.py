@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 
 from ...kernels.errors import RnnzooError
-from ..core.importing import Format, Rule, renamed
+from ..core.importing import Format, Rule, of_type, renamed
 from ..core.rwkv_files import (
     FLA,
+    PTH_HEADS,
     fla_fields,
     fla_values,
     head_fields,
@@ -33,15 +34,7 @@ def _functions(layer: int) -> dict[str, str]:
 
 # The authors' -------------------------------------------------------------------------------------------------------
 
-PTH_SAME = {
-    "bonus": "r_k",
-    "norm.weight": "ln_x.weight",
-    "norm.bias": "ln_x.bias",
-    "proj.q_proj.weight": "receptance.weight",
-    "proj.k_proj.weight": "key.weight",
-    "proj.v_proj.weight": "value.weight",
-    "proj.o_proj.weight": "output.weight",
-}
+PTH_SAME = {"bonus": "r_k"} | PTH_HEADS
 
 
 def _pth_mixer(layer: int) -> Iterator[Rule]:
@@ -72,16 +65,8 @@ def _pth_rules(config: RWKV7Config) -> Iterator[Rule]:
 
 # FLA's --------------------------------------------------------------------------------------------------------------
 
-FLA_OWN = {
-    "hidden_ratio": 4,
-    "head_dim": 64,
-    "num_heads": None,
-    "value_dim": None,
-    "decay_low_rank_dim": 64,
-    "gate_low_rank_dim": 128,
-    "a_low_rank_dim": 64,
-    "v_low_rank_dim": 16,
-}
+FLA_OWN = {"hidden_ratio": 4, "head_dim": 64, "num_heads": None, "value_dim": None}
+FLA_OWN |= {"decay_low_rank_dim": 64, "gate_low_rank_dim": 128, "a_low_rank_dim": 64, "v_low_rank_dim": 16}
 FLA_RANKS = {"decay": "decay", "gate": "gate", "a": "rate", "v": "value"}
 FLA_SAME = {
     "removal": "k_k",
@@ -144,5 +129,5 @@ FORMATS = (
         LIMITS | {"rwkv_group_eps": 64e-5},
         ignored=r"^blocks\.0\.att\.v[012]$",  # written by the training code, used by nobody
     ),
-    Format("fla", lambda config, shapes: config.get("model_type") == "rwkv7", _fla_to_ours, _fla_to_theirs, _fla_rules),
+    Format("fla", of_type("rwkv7"), _fla_to_ours, _fla_to_theirs, _fla_rules),
 )

@@ -7,32 +7,12 @@ from collections.abc import Iterator
 from transformers import AutoConfig
 
 from ...kernels.errors import RnnzooError
-from ..core.importing import Format, Rule, renamed
+from ..core.importing import SAME, Format, Rule, of_type, renamed
 from .configuration_transformer import TransformerConfig
 
-CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-SAME = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)
+NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+FIELDS = (*SAME, "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act")
+FIELDS += ("max_position_embeddings", "rms_norm_eps", "rope_parameters")
 ATTENTION = ("full_attention", "transformer", "sliding_attention")
 
 
@@ -46,7 +26,7 @@ def _to_ours(source: dict, shapes: dict) -> TransformerConfig:
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     bias = kind == "qwen2" or getattr(theirs, "attention_bias", False)
     return TransformerConfig(
-        **{name: getattr(theirs, name) for name in SAME},
+        **{name: getattr(theirs, name) for name in FIELDS},
         head_dim=head_dim,
         sliding_window=window,
         layer_types=["transformer" if name == "full_attention" else name for name in types],
@@ -60,7 +40,7 @@ def _to_ours(source: dict, shapes: dict) -> TransformerConfig:
 def _to_theirs(config: TransformerConfig) -> dict:
     kind = _kind(config)
     sliding = [name == "sliding_attention" for name in config.layer_types]
-    fields = {name: getattr(config, name) for name in SAME} | {"head_dim": config.head_dim}
+    fields = {name: getattr(config, name) for name in FIELDS} | {"head_dim": config.head_dim}
     if kind == "llama":
         fields |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
     elif kind == "mistral":
@@ -70,7 +50,7 @@ def _to_theirs(config: TransformerConfig) -> dict:
         fields |= {"use_sliding_window": any(sliding), "sliding_window": config.sliding_window}
         fields |= {"attention_bias": config.attention_bias} if kind == "qwen3" else {}
     dtype = str(config.dtype).removeprefix("torch.")
-    return {"architectures": [CLASSES[kind]], "model_type": kind} | fields | {"dtype": dtype}
+    return {"architectures": [f"{NAMES[kind]}ForCausalLM"], "model_type": kind} | fields | {"dtype": dtype}
 
 
 def _kind(config: TransformerConfig) -> str:
@@ -99,9 +79,7 @@ def _kind(config: TransformerConfig) -> str:
 
 
 def _rules(config: TransformerConfig) -> Iterator[Rule]:
-    yield Rule(("model.embed_tokens.weight",), ("model.embed_tokens.weight",))
-    yield Rule(("model.norm.weight",), ("model.norm.weight",))
-    yield Rule(("lm_head.weight",), ("lm_head.weight",))
+    yield from renamed("", "", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
     kinds = ["weight"] + (["bias"] if config.attention_bias else [])
     attention = [f"{name}_proj.{kind}" for kind in kinds for name in "qkv"] + ["o_proj.weight"]
     attention += ["o_proj.bias"] if config.attention_output_bias else []
@@ -116,13 +94,4 @@ def _rules(config: TransformerConfig) -> Iterator[Rule]:
         yield from renamed(layer, layer, norms)
 
 
-FORMATS = (
-    Format(
-        "transformers",
-        lambda config, shapes: config.get("model_type") in CLASSES,
-        _to_ours,
-        _to_theirs,
-        _rules,
-        ignored=r"rotary_emb\.inv_freq$",
-    ),
-)
+FORMATS = (Format("transformers", of_type(*NAMES), _to_ours, _to_theirs, _rules, ignored=r"rotary_emb\.inv_freq$"),)

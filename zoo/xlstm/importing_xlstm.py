@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...kernels.errors import RnnzooError
-from ..core.importing import Format, Rule, renamed
+from ..core.importing import Format, Rule, of_type, renamed
 from .configuration_xlstm import xLSTMConfig
 
 # transformers leaves out of config.json what equals its defaults, so they are needed here.
@@ -114,6 +114,4 @@ def _rules(config: xLSTMConfig) -> Iterator[Rule]:
         yield from renamed(f"model.layers.{i}.", f"backbone.blocks.{i}.", NAMES)
 
 
-FORMATS = (
-    Format("transformers", lambda config, shapes: config.get("model_type") == "xlstm", _to_ours, _to_theirs, _rules),
-)
+FORMATS = (Format("transformers", of_type("xlstm"), _to_ours, _to_theirs, _rules),)
