@@ -10,11 +10,7 @@ __all__ = ["licence_chain", "licence_words"]
 
 _UNKNOWN = "not known"
 # What must be known before use; a text about terms, never a replacement for them.
-_TERMS = (
-    ("nc", "no commercial use"),
-    ("sa", "derived works under the same licence"),
-    ("by", "name the authors"),
-)
+_TERMS = (("nc", "no commercial use"), ("sa", "derived works under the same licence"), ("by", "name the authors"))
 
 
 def _terms(licence: str | None) -> str:

@@ -21,15 +21,14 @@ def known_citations() -> dict[str, Any]:
 def bibtex(key: str) -> str:
     """One known entry as BibTeX."""
     entry = known_citations()["entries"][key]
-    fields = {
-        "title": f"{{{entry['title']}}}",
-        "author": entry["author"],
-        "year": entry["year"],
-        "eprint": entry["arxiv"],
-        "archivePrefix": "arXiv",
-        "url": f"https://arxiv.org/abs/{entry['arxiv']}",
-    }
-    return "\n".join([f"@misc{{{key},", *(f"  {name} = {{{value}}}," for name, value in fields.items()), "}"])
+    fields = {"title": f"{{{entry['title']}}}", "author": entry["author"], "year": entry["year"]}
+    arxiv = {"eprint": entry["arxiv"], "archivePrefix": "arXiv", "url": f"https://arxiv.org/abs/{entry['arxiv']}"}
+    return _entry("misc", key, **fields, **arxiv)
+
+
+def _entry(kind: str, key: str, **fields: Any) -> str:
+    stated = [f"  {name} = {{{value}}}," for name, value in fields.items() if value]
+    return "\n".join([f"@{kind}{{{key},", *stated, "}"])
 
 
 def citations(results: dict[str, Any], teacher_id: str | None, architecture: str | None) -> list[str]:
@@ -64,16 +63,11 @@ def _teacher_keys(known: dict[str, Any], teacher_id: str | None) -> list[str]:
 
 
 def _toolkit(results: dict[str, Any]) -> str:
-    lines = ["  title = {rnnzoo: recurrent language models, and the way from a Transformer to one},"]
-    if version := results.get("rnnzoo_version"):
-        lines.append(f"  version = {{{version}}},")
-    if year := str(results.get("created") or "")[:4]:
-        lines.append(f"  year = {{{year}}},")
-    return "\n".join(["@software{rnnzoo,", *lines, "}"])
+    title = "rnnzoo: recurrent language models, and the way from a Transformer to one"
+    year = str(results.get("created") or "")[:4]
+    return _entry("software", "rnnzoo", title=title, version=results.get("rnnzoo_version"), year=year)
 
 
 def _address(teacher_id: str, sha: Any) -> str:
     key = re.sub(r"[^A-Za-z0-9]+", "-", teacher_id.split("/")[-1]).strip("-").lower()
-    lines = [f"  title = {{{teacher_id}}},", f"  howpublished = {{\\url{{https://huggingface.co/{teacher_id}}}}},"]
-    lines += [f"  note = {{{sha}}},"] if sha else []
-    return "\n".join([f"@misc{{{key},", *lines, "}"])
+    return _entry("misc", key, title=teacher_id, howpublished=f"\\url{{https://huggingface.co/{teacher_id}}}", note=sha)

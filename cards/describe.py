@@ -12,7 +12,7 @@ from typing import Any
 
 from ..kernels.errors import RnnzooError
 
-__all__ = ["describe", "said_by_publisher"]
+__all__ = ["describe", "json_or_nothing", "said_by_publisher"]
 
 HEADER_BYTES = 100_000_000  # safetensors' own limit
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -76,13 +76,18 @@ def _json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _chats(folder: Path) -> bool:
-    if any(folder.glob("chat_template*")):
-        return True
+def json_or_nothing(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none that can be read."""
     try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
-    except (OSError, ValueError, AttributeError):
-        return False
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _chats(folder: Path) -> bool:
+    in_config = json_or_nothing(folder / "tokenizer_config.json").get("chat_template")
+    return any(folder.glob("chat_template*")) or bool(in_config)
 
 
 def _weights(folder: Path, pattern: str) -> dict[str, Any]:

@@ -14,8 +14,9 @@ Rows = list[dict[str, Any]]
 Labels = dict[str, str]
 
 
-def _legend(figure: Any) -> None:
-    """Above the axes: inside, no corner is free in every one of these plots."""
+def _finish(figure: Any, axes: Any, x: str, y: str) -> None:
+    """The axes' names, and the legend above: inside, no corner is free in every one of these plots."""
+    axes.set(xlabel=x, ylabel=y)
     figure.legend(loc="outside upper center", ncols=4, fontsize=9)
 
 
@@ -56,9 +57,7 @@ def _positions(figure: Any, rows: Rows, labels: Labels) -> None:
     kept = [end for i, end in enumerate(ends) if i == len(ends) - 1 or ends[-1] - end > ends[-1] * 0.05]
     kept = [end for end in kept if end >= ends[-1] * 0.05]
     axes.set_xticks([0, *kept], ["0", *(f"{end // 1024}k" if end % 1024 == 0 else str(end) for end in kept)])
-    axes.set_xlabel("position in one long text (tokens)")
-    axes.set_ylabel("perplexity (log scale)")
-    _legend(figure)
+    _finish(figure, axes, "position in one long text (tokens)", "perplexity (log scale)")
 
 
 def _log_scale(axes: Any) -> None:
@@ -86,9 +85,7 @@ def _recall(figure: Any, rows: Rows, labels: Labels) -> None:
     axes.axhline(rows[0].get("chance", 0.1), color=GREY, linewidth=1.2, linestyle=":", label="chance")
     _ticks(axes, {row["distance"] for row in rows})
     axes.set_ylim(-0.05, 1.08)
-    axes.set_xlabel("tokens back")
-    axes.set_ylabel("right answers (± standard error)")
-    _legend(figure)
+    _finish(figure, axes, "tokens back", "right answers (± standard error)")
 
 
 def _speed(figure: Any, rows: Rows, labels: Labels) -> None:
@@ -96,10 +93,8 @@ def _speed(figure: Any, rows: Rows, labels: Labels) -> None:
     _series(axes, rows, labels, lambda row: row["context"], lambda row: row["tokens_per_second"])
     _ticks(axes, {row["context"] for row in rows})
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens of context")
-    axes.set_ylabel("decoded tokens/s")
     axes.set_title(f"{rows[0].get('device', '')}, {rows[0].get('dtype', '')}, batch 1", fontsize=9, loc="left")
-    _legend(figure)
+    _finish(figure, axes, "tokens of context", "decoded tokens/s")
 
 
 def _state(figure: Any, rows: Rows, labels: Labels) -> None:
@@ -110,9 +105,7 @@ def _state(figure: Any, rows: Rows, labels: Labels) -> None:
     _ticks(axes, {row["context"] for row in rows})
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.set_xlabel("tokens of context")
-    axes.set_ylabel("bytes kept (MB, log scale)")
-    _legend(figure)
+    _finish(figure, axes, "tokens of context", "bytes kept (MB, log scale)")
 
 
 def _ladder(figure: Any, part: dict[str, Any], labels: Labels) -> None:
@@ -133,8 +126,7 @@ def _ladder(figure: Any, part: dict[str, Any], labels: Labels) -> None:
     axes.margins(x=0.12, y=0.15)
     _log_scale(axes)
     axes.set_xticks(range(len(values)), [str(stage["name"]) for stage in stages], rotation=20 if len(values) > 5 else 0)
-    axes.set_ylabel("perplexity (log scale)")
-    _legend(figure)
+    _finish(figure, axes, "", "perplexity (log scale)")
 
 
 DRAWINGS: dict[str, Callable[[Any, Any, Labels], None]] = {

@@ -17,29 +17,10 @@ from ..kernels.files import check_safetensors
 
 __all__ = ["PublishedFile", "local_paths", "published_files", "read_results", "stale_weights", "with_contents"]
 
-PATTERNS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.jinja",
-    "additional_chat_templates/*.jinja",
-    "*.model",
-    "*.py",
-    "README.md",
-    "plots/*.png",
-    "plots/*.svg",
-    "results.json",
-    "recipe.yaml",
-    "LICENSE*",
-    "NOTICE*",
-)
+PATTERNS = """
+    *.safetensors *.safetensors.index.json config.json generation_config.json adapter_config.json tokenizer* vocab*
+    merges* special_tokens_map.json added_tokens.json *.jinja additional_chat_templates/*.jinja *.model *.py README.md
+    plots/*.png plots/*.svg results.json recipe.yaml LICENSE* NOTICE*""".split()
 PICKLED = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl", "*.pickle")
 # What a repository's .gitattributes sends to large file storage when the Hub makes it; and anything above 10 MB.
 LFS = ("*.safetensors", "*.model", "*.bin", "*.gz", "*.npz", "*.onnx", "*.parquet", "*.zip")

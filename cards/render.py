@@ -15,7 +15,7 @@ from ..kernels.files import replace_text
 from . import commands
 from .chain import licence_chain, licence_words
 from .citations import citations
-from .describe import describe
+from .describe import describe, json_or_nothing
 from .formats import NOT_MEASURED, cell, count, duration, number, size
 from .handwritten import kept_notes
 from .limits import limits
@@ -119,7 +119,8 @@ def render_card(
         results["publish"] = (results.get("publish") or {}) | said
     shown = _filled(results, folder, facts)
     plots = write_plots(shown, folder)
-    text = render_text(shown, plots, notes=notes, standalone=_holds_code(folder))
+    standalone = bool(json_or_nothing(folder / "config.json").get("auto_map"))
+    text = render_text(shown, plots, notes=notes, standalone=standalone)
     problems = validate_card(text, folder)
     if problems:
         raise RnnzooError(f"The card of {folder} would not be valid: {problems[0]}")
@@ -137,15 +138,6 @@ def _filled(results: dict[str, Any], folder: Path, facts: Callable[[], dict[str,
     if "adapter" not in found and found and facts:
         found["model"] |= facts()
     return results | found
-
-
-def _holds_code(folder: Path) -> bool:
-    """Whether config.json names modelling code in the folder."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and bool(config.get("auto_map"))
 
 
 def _write(path: Path, text: str) -> None:

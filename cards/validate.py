@@ -69,10 +69,8 @@ def _parted(text: str) -> tuple[list[str], str | None]:
 
 
 def _metadata(data: dict[str, Any]) -> list[str]:
-    problems = []
-    for key in ("language", "license", "library_name", "pipeline_tag", "tags"):
-        if not data.get(key):
-            problems.append(f"The metadata has no {key}.")
+    needed = ("language", "license", "library_name", "pipeline_tag", "tags")
+    problems = [f"The metadata has no {key}." for key in needed if not data.get(key)]
     if "licence" in data:
         problems.append("The metadata key is license, not licence.")
     if data.get("license") and data["license"] not in HUB_LICENCES:
@@ -87,8 +85,7 @@ def _metadata(data: dict[str, Any]) -> list[str]:
         if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
             problems.append(f"{key} must be a list of strings.")
     for key in ("base_model", "datasets"):
-        value = data.get(key) or []
-        for one in [value] if not isinstance(value, list) else value:
+        for one in _as_list(data.get(key) or None):
             if not re.fullmatch(r"[\w.-]+/[\w.-]+" if key == "base_model" else r"([\w.-]+/)?[\w.-]+", str(one)):
                 problems.append(f"{key} {one!r} is not a Hub id of the form owner/name.")
     for language in _as_list(data.get("language")):

@@ -31,13 +31,12 @@ class View:
     Args:
         plots: pictures beside the card that show these results.
         standalone: the folder holds modelling code, so that it loads without rnnzoo.
-        notes: the hand-written part.
     """
 
-    def __init__(self, results: Row, plots: tuple[str, ...] = (), standalone: bool = False, notes: str = "\n"):
+    def __init__(self, results: Row, plots: tuple[str, ...] = (), standalone: bool = False):
         self.results = results
         self.kind = card_kind(results)
-        self.plots, self.standalone, self.notes = plots, standalone, notes
+        self.plots, self.standalone = plots, standalone
         self.model: Row = results.get("model") or {}
         self.teacher: Row = results.get("teacher") or {}
         self.recipe: Row = results.get("recipe") or {}
@@ -193,23 +192,16 @@ class View:
         names = ("context", "batch_size", "accumulate", "learning_rate", "warmup", "weight_decay")
         return [[name.replace("_", " "), cell(own[name])] for name in names if own.get(name) is not None]
 
+    def _accuracies(self, by: dict[str, Row]) -> list[str]:
+        return [count(next(iter(by.values())).get("n")), *self._values(by, "accuracy", 2, "stderr")]
+
     def recall(self) -> list[list[str]]:
-        return [
-            [count(distance), count(next(iter(by.values())).get("n")), *self._values(by, "accuracy", 2, "stderr")]
-            for (distance,), by in self._grouped("recall", "distance")
-        ]
+        return [[count(back), *self._accuracies(by)] for (back,), by in self._grouped("recall", "distance")]
 
     def late_recall(self) -> list[list[str]]:
         """[tokens before, tokens back, n, accuracy of each column]."""
-        return [
-            [
-                count(context),
-                count(distance),
-                count(next(iter(by.values())).get("n")),
-                *self._values(by, "accuracy", 2, "stderr"),
-            ]
-            for (context, distance), by in self._grouped("recall_by_context", "context", "distance")
-        ]
+        groups = self._grouped("recall_by_context", "context", "distance")
+        return [[count(context), count(back), *self._accuracies(by)] for (context, back), by in groups]
 
     def ablations(self) -> list[list[str]]:
         """[branch, its perplexity alone, its recall]."""
@@ -238,13 +230,12 @@ class View:
         measured = {context: by for (context,), by in self._grouped("decode", "context")}
         table = []
         for context in sorted({*measured, *(_CONTEXTS if measured else ())}):
-            by = measured.get(context)
-            if by is None:
-                values = [size(self._calculated(column, context)) for column in self.columns]
-            else:
+            if by := measured.get(context):
                 values = [size(by.get(column, {}).get("state_bytes")) for column in self.columns]
-            if by is not None or set(values) != {NOT_MEASURED}:
-                table.append([tokens(context) + (" (calculated)" if by is None else ""), *values])
+            else:
+                values = [size(self._calculated(column, context)) for column in self.columns]
+            if by or set(values) != {NOT_MEASURED}:
+                table.append([tokens(context) + ("" if by else " (calculated)"), *values])
         return table
 
     def _calculated(self, column: str, context: int) -> int | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from ..cards.describe import json_or_nothing
 
 __all__ = ["model_facts"]
 
@@ -12,11 +13,8 @@ __all__ = ["model_facts"]
 def model_facts(folder: Path) -> dict[str, Any]:
     """state_bytes, state_bytes_per_token and layer_state_bytes of a model of the zoo, from its config.json; {} for any
     other folder."""
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = str(raw.get("model_type"))
-    except (OSError, ValueError, AttributeError):
-        return {}
+    raw = json_or_nothing(folder / "config.json")
+    kind = str(raw.get("model_type"))
     if not kind.startswith("rnnzoo-"):
         return {}
     import torch

@@ -33,6 +33,7 @@ def command(
     """
     from ..cards.describe import describe
     from ..cards.render import render_card
+    from ..conversions.run_folder import write_json
     from ..zoo.core.importing import import_checkpoint
     from .facts import model_facts
 
@@ -40,7 +41,9 @@ def command(
     path = import_checkpoint(local, architecture, out, format=format)
     origin = _origin(checkpoint, Path(local), architecture, format)
     model = describe(path)["model"] | model_facts(path)
-    _keep_origin(path, origin | ({"revision": revision} if revision else {}), model)
+    origin |= {"revision": revision} if revision else {}
+    record = {"schema": 1, "created": datetime.now(UTC).isoformat(timespec="seconds"), "rnnzoo_version": __version__}
+    write_json(path / "results.json", record | {"model": model, "import": origin})
     render_card(path)
     output.result({"model": str(path)}, lambda console: console.print(str(path), markup=False, soft_wrap=True))
 
@@ -62,13 +65,6 @@ def _origin(checkpoint: str, local: Path, architecture: str, format: str | None)
         "sha": content_hash(files) if here else local.name,
         **{key: card[key] for key in ("licence", "licence_name", "citation") if key in card},
     }
-
-
-def _keep_origin(folder: Path, origin: dict[str, Any], model: dict[str, Any]) -> None:
-    from ..conversions.run_folder import write_json
-
-    record = {"schema": 1, "created": datetime.now(UTC).isoformat(timespec="seconds"), "rnnzoo_version": __version__}
-    write_json(folder / "results.json", record | {"model": model, "import": origin})
 
 
 def _local(checkpoint: str, revision: str | None) -> str:
