@@ -50,6 +50,8 @@ RECALL = (64, 128, 256, 512)  # distances of the table
 def main(teacher, data, text, books, task, out, tokens, eval_tokens, only, full):
     """Convert, measure, and write the table."""
     import rnnzoo  # noqa: F401  registers the Auto classes
+    from rnnzoo.benchmarks.recipes import figures_of
+    from rnnzoo.cli.progress import ProgressReport
     from rnnzoo.conversions.convert import convert
     from rnnzoo.conversions.evaluation import Limits, evaluate
 
@@ -59,7 +61,7 @@ def main(teacher, data, text, books, task, out, tokens, eval_tokens, only, full)
         folder = out / name
         click.echo(f"{name}: converting")
         options = {"tokens": tokens} | options
-        done = convert(teacher, recipe, folder, data=list(data), evaluate=False, progress=_progress(), **options)
+        done = convert(teacher, recipe, folder, data=list(data), evaluate=False, progress=ProgressReport(), **options)
         click.echo(f"{name}: measuring")
         everything = name == full
         limits = Limits(
@@ -76,9 +78,9 @@ def main(teacher, data, text, books, task, out, tokens, eval_tokens, only, full)
         # The teacher is the same for all and a window of the same bytes is what our budgets are held against.
         columns = ("student", "teacher", "window") if recipe == "rnnzoo" else ("student",)
         results = evaluate(
-            folder, teacher=teacher, datasets=files, columns=columns, limits=limits, progress=_progress()
+            folder, teacher=teacher, datasets=files, columns=columns, limits=limits, progress=ProgressReport()
         )
-        rows.append({"run": name, **_figures(results), "minutes": round(done["conversion"]["seconds"] / 60, 1)})
+        rows.append({"run": name, **figures_of(results), "minutes": round(done["conversion"]["seconds"] / 60, 1)})
         out.joinpath("table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         out.joinpath("table.md").write_text(_table(rows), encoding="utf-8")
         if everything and books:
@@ -122,29 +124,16 @@ def _books(folder: Path, books: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _figures(results: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"state_bytes": results["model"]["state_bytes"], "tokens": results["conversion"]["tokens"]}
-    for row in results["evaluation"]["perplexity"]:
-        if row.get("stride") in (None, row["window"]):
-            found[f"ppl_{row['window']}_{row['column']}"] = row["value"]
-    for row in results["evaluation"]["recall"]:
-        found[f"recall_{row['distance']}_{row['column']}"] = row["accuracy"]
-    return found
-
-
 def _table(rows: list[dict[str, Any]]) -> str:
-    head = (
-        "run | state MB | tokens | minutes | 2k: student | teacher | window | student / teacher | 8k: student | teacher"
-    )
-    head += " | window" + "".join(f" | recall at {n}: student | window" for n in RECALL)
+    head = "run | state MB | tokens | minutes | 2k: student | teacher | window | student / teacher | 8k: student"
+    head += " | teacher | window" + "".join(f" | recall at {n}: student | window" for n in RECALL)
     lines = [f"| {head} |", "|" + "---|" * len(head.split("|"))]
-    teacher: dict[int, float | None] = {}
+    teacher: dict[int, float | None] = dict.fromkeys((2048, 8192))
     for row in rows:
-        for length in (2048, 8192):
-            teacher[length] = row.get(f"ppl_{length}_teacher", teacher.get(length))
+        teacher = {length: row.get(f"ppl_{length}_teacher", before) for length, before in teacher.items()}
         student, known = row.get("ppl_2048_student"), teacher[2048]
         ratio = student / known if student and known else None
-        cells = [row["run"], f"{row['state_bytes'] / 1e6:.2f}", f"{row['tokens']:,}", str(row["minutes"])]
+        cells = [row["run"], f"{row['state_bytes'] / 1e6:.2f}", f"{row['trained_tokens']:,}", str(row["minutes"])]
         for length in (2048, 8192):
             cells += [_number(row.get(f"ppl_{length}_student")), _number(teacher[length])]
             cells += [_number(row.get(f"ppl_{length}_window"))] + ([_number(ratio)] if length == 2048 else [])
@@ -156,12 +145,6 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _progress():
-    from rnnzoo.cli.progress import ProgressReport
-
-    return ProgressReport()
 
 
 if __name__ == "__main__":

@@ -39,20 +39,16 @@ WARM = 7  # calls of each length: in the first few the system hands out memory, 
 MEMORY_BOUND = ("linear_scan", "softmax_scan, RWKV-4", "short_conv, silu")
 
 
-class Only:
-    """Which recurrences are measured: those with one of `parts` in their name, or all."""
+def chosen_names(parts: tuple[str, ...]) -> set[str]:
+    """Of the recurrences that are measured: those with one of `parts` in their name, or all."""
+    names = [make().name for make in CASES]
+    if unknown := [part for part in parts if not any(part in name for name in names)]:
+        raise click.BadParameter(f"no recurrence has {unknown[0]!r} in its name; there are: {'; '.join(names)}.")
+    return {name for name in names if not parts or any(part in name for part in parts)}
 
-    def __init__(self, parts: tuple[str, ...]):
-        self.parts = parts
-        names = [make().name for make in CASES]
-        if unknown := [part for part in parts if not any(part in name for name in names)]:
-            raise click.BadParameter(f"no recurrence has {unknown[0]!r} in its name; there are: {'; '.join(names)}.")
 
-    def __contains__(self, name: str) -> bool:
-        return not self.parts or any(part in name for part in self.parts)
-
-    def of(self, makers: tuple[Callable[..., Case], ...]) -> list[Case]:
-        return [case for case in (make() for make in makers) if case.name in self]
+def chosen(only: set[str], makers: tuple[Callable[..., Case], ...]) -> list[Case]:
+    return [case for case in (make() for make in makers) if case.name in only]
 
 
 def case_named(name: str) -> Case:
@@ -70,7 +66,7 @@ def ours(case: Case, steps: int, budget: float, backend: str | None = CPU, warm:
     return timed(case, lambda given: case.call(given, backend), steps, budget, warm)
 
 
-def against_peers(machine: Machine, budget: float, only: Only) -> Iterator[Figure]:
+def against_peers(machine: Machine, budget: float, only: set[str]) -> Iterator[Figure]:
     rows = [
         ("selective_scan", 1024, "transformers Mamba, loop", 200),
         ("selective_scan", 1024, "transformers Mamba with mambapy", 5),
@@ -95,7 +91,7 @@ def against_peers(machine: Machine, budget: float, only: Only) -> Iterator[Figur
         yield Figure(f"{PER_CHANNEL}, forward and backward, {case.size} T4096", "chunked", ratio, " x", 2)
 
 
-def against_the_copy(machine: Machine, budget: float, only: Only) -> Iterator[Figure]:
+def against_the_copy(machine: Machine, budget: float, only: set[str]) -> Iterator[Figure]:
     case = scan(batch=4)
     if case.name in only:
         moved = 7 * 4 * 4096 * 1024 * 4
@@ -103,8 +99,8 @@ def against_the_copy(machine: Machine, budget: float, only: Only) -> Iterator[Fi
         yield Figure("linear_scan, forward and backward, B4 T4096 D1024", "copy, 7 passes", 100 * share, " %", 60)
 
 
-def steps(machine: Machine, budget: float, only: Only) -> Iterator[Figure]:
-    for case in only.of(STEP_CASES):
+def steps(machine: Machine, budget: float, only: set[str]) -> Iterator[Figure]:
+    for case in chosen(only, STEP_CASES):
         row = measure_step(case, CPU, machine, CPU, torch.float32, budget)
         share = row.gigabytes_per_second * 1e9 / machine.copy_bytes
         what = f"{case.name}, one step, {STATES} states of {case.size}"
@@ -122,8 +118,8 @@ def possible_share(case: Case) -> float:
     return 100 * of_state / (of_state + others)
 
 
-def by_length(machine: Machine, budget: float, only: Only) -> Iterator[Figure]:
-    for case in only.of(CASES):
+def by_length(machine: Machine, budget: float, only: set[str]) -> Iterator[Figure]:
+    for case in chosen(only, CASES):
         found = json.loads(_run([sys.executable, __file__, "--length-of", case.name]))
         yield Figure(f"{case.name}, T{LONG} over T{SHORT}", "linear: 16", found["ratio"], " x", 18, at_most=True)
         if case.name in MEMORY_BOUND:
@@ -133,8 +129,8 @@ def by_length(machine: Machine, budget: float, only: Only) -> Iterator[Figure]:
             yield Figure(f"{case.name}, forward and backward, T{LONG}", against, 100 * found["share"], " %")
 
 
-def memory(machine: Machine, budget: float, only: Only) -> Iterator[Figure]:
-    for case in only.of(CASES):
+def memory(machine: Machine, budget: float, only: set[str]) -> Iterator[Figure]:
+    for case in chosen(only, CASES):
         share = float(_run([sys.executable, __file__, "--memory-of", case.name]))
         what = f"{case.name}, extra memory, T{LONG}"
         yield Figure(what, "inputs, output, gradients", share, " x", 1.5, at_most=True)
@@ -189,7 +185,7 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def first_use(machine: Machine, budget: float, only: Only) -> Iterator[Figure]:
+def first_use(machine: Machine, budget: float, only: set[str]) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         command = "import time, torch; from rnnzoo.kernels.native import build_all; s = time.time(); build_all(); "
         command += "print(time.time() - s)"
@@ -204,7 +200,7 @@ def _run(command: list[str], **environment: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-PARTS: dict[str, Callable[[Machine, float, Only], Iterator[Figure]]] = {
+PARTS: dict[str, Callable[[Machine, float, set[str]], Iterator[Figure]]] = {
     "peers": against_peers,
     "copy": against_the_copy,
     "steps": steps,
@@ -229,16 +225,7 @@ PARTS: dict[str, Callable[[Machine, float, Only], Iterator[Figure]]] = {
 @click.option("--check", is_flag=True, help="Exit 1 where a figure is missed.")
 @click.option("--memory-of", hidden=True)
 @click.option("--length-of", hidden=True)
-def main(
-    out: Path | None,
-    parts: tuple[str, ...],
-    only: tuple[str, ...],
-    budget: float,
-    rounds: int,
-    check: bool,
-    memory_of: str | None,
-    length_of: str | None,
-) -> None:
+def main(out, parts, only, budget, rounds, check, memory_of, length_of) -> None:
     """Measure, and write the table."""
     if memory_of is not None:
         click.echo(extra_memory(memory_of))
@@ -246,14 +233,14 @@ def main(
     if length_of is not None:
         click.echo(json.dumps(length_ratio(length_of)))
         return
-    started, chosen = time.monotonic(), Only(only)
+    started, names = time.monotonic(), chosen_names(only)
     keep_freed_memory()  # as in a conversion: else the time is that of the system, which zeroes fresh memory
     tables: list[list[Figure]] = []
     for _ in range(rounds):
         machine = measure_machine()
         tables.append([])
         for part in parts or PARTS:
-            for figure in PARTS[part](machine, budget, chosen):
+            for figure in PARTS[part](machine, budget, names):
                 tables[-1].append(figure)
                 click.echo(figure.line())
     figures = median_of_rounds(tables)

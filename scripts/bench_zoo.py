@@ -209,9 +209,7 @@ def measure(peer: Peer, budget: float, parts: list[str]) -> Iterator[Figure]:
 @click.option("--seconds", "budget", type=float, default=3.0, show_default=True, help="Time for each training number.")
 @click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Of all measurements.")
 @click.option("--check", is_flag=True, help="Exit 1 where a figure is missed.")
-def main(
-    out: Path | None, only: tuple[str, ...], parts: tuple[str, ...], budget: float, rounds: int, check: bool
-) -> None:
+def main(out, only, parts, budget, rounds, check) -> None:
     """Measure, and write the table."""
     transformers.logging.set_verbosity_error()
     keep_freed_memory()

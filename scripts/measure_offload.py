@@ -25,13 +25,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rnnzoo.conversions.evaluation.recall import filler_text
 from rnnzoo.conversions.recipes.load import load_recipe
 
 SIZES = dict(
     hidden_size=3072, intermediate_size=8192, num_attention_heads=24, num_key_value_heads=8, head_dim=128,
     vocab_size=128256, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
-WORDS = "the river ran past a mill and then it slowed where old stones kept water for birds that came at dusk".split()
 
 
 def build_teacher(folder: Path, layers: int) -> None:
@@ -72,14 +72,6 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|end|>", eos_token="<|end|>")
 
 
-def write_text(path: Path) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with path.open("w", encoding="utf-8") as file:
-        for _ in range(200):
-            drawn = torch.randint(len(WORDS), (120,), generator=generator).tolist()
-            file.write(json.dumps({"text": " ".join(WORDS[i] for i in drawn)}) + "\n")
-
-
 class Watch(threading.Thread):
     """Peak resident memory of a process: in all, and what is its own."""
 
@@ -107,7 +99,7 @@ def main() -> None:
     own = parser.parse_args()
     teacher, data, out = own.folder / f"teacher-{own.layers}", own.folder / "text.jsonl", own.folder / "student"
     build_teacher(teacher, own.layers)
-    write_text(data)
+    data.write_text("".join(json.dumps({"text": filler_text(15, seed)}) + "\n" for seed in range(200)))
     recipe = own.folder / "layerwise.yaml"
     recipe.write_text(yaml.safe_dump(load_recipe("layerwise").to_dict() | {"calibration_tokens": own.tokens}))
     command = [sys.executable, "-m", "rnnzoo", "convert", str(teacher), "--recipe", str(recipe), "--offload"]
@@ -121,20 +113,11 @@ def main() -> None:
     if process.returncode:
         sys.exit(process.returncode)
     size = sum(file.stat().st_size for file in teacher.glob("*.safetensors"))
-    stages = {stage["name"]: stage for stage in results["conversion"]["stages"]}
-    print(
-        json.dumps(
-            {
-                "teacher_bytes": size,
-                "parameters": results["teacher"]["parameters"],
-                "peak_bytes": watch.peak,
-                "peak_bytes_without_mapped_files": watch.own,
-                "machine_bytes": psutil.virtual_memory().total,
-                "seconds": round(time.monotonic() - started, 1),
-                "stages": {name: stage.get("seconds") for name, stage in stages.items()},
-            }
-        )
-    )
+    stages = {stage["name"]: stage.get("seconds") for stage in results["conversion"]["stages"]}
+    found = {"teacher_bytes": size, "parameters": results["teacher"]["parameters"]}
+    found |= {"peak_bytes": watch.peak, "peak_bytes_without_mapped_files": watch.own}
+    found |= {"machine_bytes": psutil.virtual_memory().total, "seconds": round(time.monotonic() - started, 1)}
+    print(json.dumps(found | {"stages": stages}))
 
 
 if __name__ == "__main__":

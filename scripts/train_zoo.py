@@ -58,17 +58,7 @@ def show(out: Path) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Default: those of PyTorch.")
 @click.option("--report", is_flag=True, help="Only table and plot of what is in OUT.")
-def main(
-    out: Path,
-    text: str | None,
-    names: tuple[str, ...],
-    tasks: tuple[str, ...],
-    parameters: int,
-    steps: int | None,
-    seed: int,
-    threads: int | None,
-    report: bool,
-) -> None:
+def main(out, text, names, tasks, parameters, steps, seed, threads, report) -> None:
     """Train every architecture on every task; see the head of the file."""
     out.mkdir(parents=True, exist_ok=True)
     if report:

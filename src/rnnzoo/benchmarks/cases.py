@@ -61,17 +61,35 @@ def _normal(*shape: int) -> Tensor:
     return torch.randn(*shape)
 
 
-def scan(batch: int = 1, channels: int = 1024) -> Case:
+def _recurrence(
+    scan: Callable[..., Any],
+    step: Callable[..., Any],
+    size: str,
+    make: Callable[[int], Inputs],
+    flops: float,
+    state: Callable[[], Any],
+    kind: str = "",
+    **settings: Any,
+) -> Case:
+    """The case of an operation and its step, which take inputs and settings by the same names."""
     return Case(
-        "linear_scan",
-        "linear_scan",
-        f"B{batch} D{channels}",
-        lambda time: {"a": torch.rand(batch, time, channels), "x": _normal(batch, time, channels)},
-        lambda inputs, backend: linear_scan(**inputs, backend=backend)[0],
-        2 * batch * channels,
-        lambda: torch.zeros(batch, channels),
-        lambda state, inputs, backend: linear_scan_step(inputs["a"], inputs["x"], state, backend=backend),
+        scan.__name__ + kind,
+        scan.__name__,
+        size,
+        make,
+        lambda inputs, backend: scan(**inputs, **settings, backend=backend)[0],
+        flops,
+        state,
+        lambda state, inputs, backend: step(**inputs, **settings, state=state, backend=backend),
     )
+
+
+def scan(batch: int = 1, channels: int = 1024) -> Case:
+    def make(time: int) -> Inputs:
+        return {"a": torch.rand(batch, time, channels), "x": _normal(batch, time, channels)}
+
+    size, flops = f"B{batch} D{channels}", 2 * batch * channels
+    return _recurrence(linear_scan, linear_scan_step, size, make, flops, lambda: torch.zeros(batch, channels))
 
 
 def _attention(kind: str, heads: int = 9, width: int = 64) -> Case:
@@ -81,20 +99,9 @@ def _attention(kind: str, heads: int = 9, width: int = 64) -> Case:
         qkv = {name: _normal(*shape, width) for name in "qkv"}
         return qkv | {"g": F.logsigmoid(_normal(*decay) + 3)}
 
-    def step(state: Tensor, inputs: Inputs, backend: str | None) -> Tensor:
-        q, k, v, g = (inputs[name] for name in "qkvg")
-        return gated_linear_attention_step(q, k, v, g, state, backend=backend)
-
-    return Case(
-        f"gated_linear_attention, {kind}",
-        "gated_linear_attention",
-        f"B1 H{heads} D{width}",
-        make,
-        lambda inputs, backend: gated_linear_attention(**inputs, backend=backend)[0],
-        5 * heads * width * width,
-        lambda: torch.zeros(1, heads, width, width),
-        step,
-    )
+    operation = gated_linear_attention, gated_linear_attention_step
+    size, flops = f"B1 H{heads} D{width}", 5 * heads * width * width
+    return _recurrence(*operation, size, make, flops, lambda: torch.zeros(1, heads, width, width), f", {kind}")
 
 
 def _delta(heads: int = 8, width: int = 64) -> Case:
@@ -105,20 +112,8 @@ def _delta(heads: int = 8, width: int = 64) -> Case:
         given = {"q": F.normalize(_normal(*shape, width), dim=-1), "k": beta * key, "v": _normal(*shape, width)}
         return given | {"a": -beta * g.exp() * key, "b": key, "g": g}
 
-    def step(state: Tensor, inputs: Inputs, backend: str | None) -> Tensor:
-        q, k, v, a, b, g = (inputs[name] for name in "qkvabg")
-        return delta_rule_step(q, k, v, a, b, g, state, backend=backend)
-
-    return Case(
-        "delta_rule, decay per head",
-        "delta_rule",
-        f"B1 H{heads} D{width}",
-        make,
-        lambda inputs, backend: delta_rule(**inputs, backend=backend)[0],
-        9 * heads * width * width,
-        lambda: torch.zeros(1, heads, width, width),
-        step,
-    )
+    operation, size, flops = (delta_rule, delta_rule_step), f"B1 H{heads} D{width}", 9 * heads * width * width
+    return _recurrence(*operation, size, make, flops, lambda: torch.zeros(1, heads, width, width), ", decay per head")
 
 
 def _selective(channels: int = 512, width: int = 16) -> Case:
@@ -132,65 +127,29 @@ def _selective(channels: int = 512, width: int = 16) -> Case:
             "d": torch.ones(channels),
         }
 
-    def step(state: Tensor, inputs: Inputs, backend: str | None) -> Tensor:
-        x, dt, a, b, c, d = (inputs[name] for name in ("x", "dt", "a", "b", "c", "d"))
-        return selective_scan_step(x, dt, a, b, c, d, state, backend=backend)
-
-    return Case(
-        "selective_scan",
-        "selective_scan",
-        f"B1 D{channels} N{width}",
-        make,
-        lambda inputs, backend: selective_scan(**inputs, backend=backend)[0],
-        7 * channels * width,
-        lambda: torch.zeros(1, channels, width),
-        step,
-    )
+    operation, size = (selective_scan, selective_scan_step), f"B1 D{channels} N{width}"
+    return _recurrence(*operation, size, make, 7 * channels * width, lambda: torch.zeros(1, channels, width))
 
 
 def _softmax(channels: int = 1024) -> Case:
     def make(time: int) -> Inputs:
-        return {
-            "k": _normal(1, time, 1, channels),
-            "v": _normal(1, time, 1, channels),
-            "decay": -torch.rand(1, channels),
-            "bonus": _normal(1, channels),
-        }
+        given = {"k": _normal(1, time, 1, channels), "v": _normal(1, time, 1, channels)}
+        return given | {"decay": -torch.rand(1, channels), "bonus": _normal(1, channels)}
 
-    def step(state: SoftmaxState, inputs: Inputs, backend: str | None) -> Tensor:
-        k, v, decay, bonus = (inputs[name] for name in ("k", "v", "decay", "bonus"))
-        return softmax_scan_step(k, v, state, decay=decay, bonus=bonus, backend=backend)
+    def state() -> SoftmaxState:
+        empty = (1, 1, channels)
+        return SoftmaxState(torch.full(empty, float("-inf")), torch.zeros(empty), torch.zeros(empty))
 
-    empty = (1, 1, channels)
-    return Case(
-        "softmax_scan, RWKV-4",
-        "softmax_scan",
-        f"B1 D{channels}",
-        make,
-        lambda inputs, backend: softmax_scan(**inputs, backend=backend)[0],
-        12 * channels,
-        lambda: SoftmaxState(torch.full(empty, float("-inf")), torch.zeros(empty), torch.zeros(empty)),
-        step,
-    )
+    return _recurrence(softmax_scan, softmax_scan_step, f"B1 D{channels}", make, 12 * channels, state, ", RWKV-4")
 
 
 def _conv(channels: int = 1024, taps: int = 4) -> Case:
     def make(time: int) -> Inputs:
         return {"x": _normal(1, time, channels), "weight": _normal(channels, taps), "bias": _normal(channels)}
 
-    def step(state: Tensor, inputs: Inputs, backend: str | None) -> Tensor:
-        x, weight, bias = (inputs[name] for name in ("x", "weight", "bias"))
-        return short_conv_step(x, weight, bias, state, activation="silu", backend=backend)
-
-    return Case(
-        "short_conv, silu",
-        "short_conv",
-        f"B1 D{channels} W{taps}",
-        make,
-        lambda inputs, backend: short_conv(**inputs, activation="silu", backend=backend)[0],
-        2 * taps * channels,
-        lambda: torch.zeros(1, channels, taps - 1),
-        step,
+    operation, size, flops = (short_conv, short_conv_step), f"B1 D{channels} W{taps}", 2 * taps * channels
+    return _recurrence(
+        *operation, size, make, flops, lambda: torch.zeros(1, channels, taps - 1), ", silu", activation="silu"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import random
@@ -11,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from ..kernels.errors import RnnzooError
 from ..zoo.core.files import expect_free
@@ -20,21 +20,15 @@ __all__ = ["Outcome", "Setting", "kill_and_compare", "tiny_setting"]
 SENTENCES = 40
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """A teacher folder and a file of text."""
 
     teacher: Path
     text: Path
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What came of one kill.
-
-    Attributes:
-        seconds: from the start of the run to the kill. same: are the weights those of the undisturbed run, bit by bit?
-    """
+class Outcome(NamedTuple):
+    """Seconds from a run's start to its kill; are the weights those of the undisturbed run, bit by bit?"""
 
     seconds: float
     same: bool
@@ -53,16 +47,9 @@ def tiny_setting(folder: Path) -> Setting:
     teacher, text = folder / "teacher", folder / "text.jsonl"
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-    )
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads)
     LlamaForCausalLM(config).save_pretrained(teacher)
     tokenizer.save_pretrained(teacher)
     documents = [{"text": filler_text(SENTENCES, seed)} for seed in range(60)]

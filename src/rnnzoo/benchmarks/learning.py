@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,13 +63,9 @@ def make_task(name: str, text: str | Path | None = None) -> Task:
     Raises:
         RnnzooError: unknown name, no text, or too short a text.
     """
-    if name == "text":
-        return _text_task(text)
-    if name == "recall":
-        return _recall_task()
-    if name not in LANGUAGES:
+    if name not in TASKS:
         raise RnnzooError(f"'{name}' is no task; known are {', '.join(TASKS)}.")
-    return _language_task(name)
+    return _text_task(text) if name == "text" else _recall_task() if name == "recall" else _language_task(name)
 
 
 def _text_task(file: str | Path | None, context: int = 256, windows: int = 128) -> Task:
@@ -88,12 +85,10 @@ def _text_task(file: str | Path | None, context: int = 256, windows: int = 128) 
 
     def measure(model: Model) -> dict[str, Any]:
         starts = torch.arange(0, len(held_out) - context, context)[:windows]
-        losses = [_loss(model(part.input_ids), part.labels) for part in map(rows_at, starts.split(16))]
+        parts = [rows(held_out, some) for some in starts.split(16)]
+        losses = [_loss(model(part.input_ids), part.labels) for part in parts]
         loss = sum(losses) / len(losses)
         return {"loss": float(loss), "bits_per_byte": float(loss) / math.log(2)}
-
-    def rows_at(starts: Tensor) -> Answers:
-        return rows(held_out, starts)
 
     return Task("text", 1.0, 4, 256, 8, 300, 4e-3, draw, measure)
 
@@ -228,13 +223,9 @@ def learn(
         "seconds_per_step": (now - clock) / max(1, steps - 3),
         "tokens_per_second": tokens / (now - clock),
         "state_bytes": _state_bytes(model),
-        "train_loss": [round(_mean(losses[i : i + 20]), 4) for i in range(0, steps, 20)],
+        "train_loss": [round(statistics.fmean(losses[i : i + 20]), 4) for i in range(0, steps, 20)],
         **measured,
     }
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -247,9 +238,10 @@ def _schedule(step: int, steps: int) -> float:
 
 def _optimizer(model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """AdamW; decay for matrices alone, as `rnnzoo train` has it."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.dim() >= 2 and name.endswith("weight")]
-    others = [p for name, p in named if not (p.dim() >= 2 and name.endswith("weight"))]
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (matrices if p.dim() >= 2 and name.endswith("weight") else others).append(p)
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
 

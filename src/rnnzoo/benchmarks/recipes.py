@@ -48,14 +48,11 @@ def grid(recipes: Sequence[str], tokens: Iterable[int], keeps: Iterable[str], st
         recipes: names, or () for all; ours is there at two budgets of state. student: ours as well with this mixer,
             which has no window and no sinks; None: not.
     """
-    options: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in recipes or list_recipes()}
-    if OURS in options:
-        del options[OURS]
-        ours: dict[str, tuple[str, dict[str, Any]]] = {}
-        ours |= {label: (OURS, {"state_budget": budget}) for label, budget in BUDGETS.items()}
-        if student:
-            ours[f"{OURS} --student {student}"] = (OURS, {"student": student})
-        options = ours | options
+    names, options = recipes or list_recipes(), {}
+    if OURS in names:
+        options = {label: (OURS, {"state_budget": budget}) for label, budget in BUDGETS.items()}
+        options |= {f"{OURS} --student {student}": (OURS, {"student": student})} if student else {}
+    options |= {name: (name, {}) for name in names if name != OURS}
     return [
         Run(label, recipe, extra | {"tokens": count, "keep": keep})
         for count in tokens
