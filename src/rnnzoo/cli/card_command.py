@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import click
 
 from .output import Output, output_options
@@ -15,27 +18,16 @@ from .output import Output, output_options
 @click.option("--collection", "collections", multiple=True, metavar="ID", help="A collection to link; repeatable.")
 @click.option("--replace", is_flag=True, help="Replace a README.md that rnnzoo did not write.")
 @output_options
-def command(
-    folder: str,
-    licence: str | None,
-    language: tuple[str, ...],
-    datasets: tuple[str, ...],
-    collections: tuple[str, ...],
-    replace: bool,
-    output: Output,
-) -> None:
+def command(folder: str, replace: bool, output: Output, **said: Any) -> None:
     """Write README.md in DIR from its results.json; missing values appear as "not measured".
 
     A folder without results.json (a fine-tuned model, a PEFT adapter) gets a short card of what its files say. What the
     options say is kept in results.json for the next card. Your own text in the section "Notes" stays.
     """
-    from pathlib import Path
-
     from ..cards.describe import said_by_publisher
     from ..cards.render import render_card
     from .facts import model_facts
 
-    said = said_by_publisher(licence=licence, language=language, datasets=datasets, collections=collections)
     path = Path(folder)
-    card = render_card(path, replace=replace, said=said, facts=lambda: model_facts(path))
+    card = render_card(path, replace=replace, said=said_by_publisher(**said), facts=lambda: model_facts(path))
     output.result({"card": str(card)}, lambda console: console.print(str(card), markup=False, soft_wrap=True))

@@ -1,4 +1,4 @@
-"""Options that `plan` and `convert` share: they describe one conversion."""
+"""Options that several commands share: those of one conversion, and of loading a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 from .quantities import BYTES, COUNT, COUNT_OR_NONE
 
-__all__ = ["conversion_options", "energy_option", "trust_option"]
+__all__ = ["conversion_options", "energy_option", "loading_options", "trust_option"]
 
 _OPTIONS = [
     click.argument("teacher", required=False),
@@ -17,9 +17,7 @@ _OPTIONS = [
         "--recipe", default="rnnzoo", show_default=True, help="Name (see `rnnzoo list`) or path of a YAML file."
     ),
     click.option(
-        "--student",
-        metavar="ARCH",
-        help="Mixer of the converted layers (see `rnnzoo list`). Default: the recipe's.",
+        "--student", metavar="ARCH", help="Mixer of the converted layers (see `rnnzoo list`). Default: the recipe's."
     ),
     click.option(
         "--keep",
@@ -80,3 +78,10 @@ energy_option = click.option(
     metavar="COUNTRY",
     help="Measure energy and CO2 with CodeCarbon (extra `energy`); give the country's ISO code, such as DEU.",
 )
+
+
+def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --dtype, --revision and --trust-remote-code, for a model in DIR."""
+    types = click.Choice(["auto", "float32", "bfloat16", "float16"])
+    function = click.option("--revision", help="Branch, tag or commit, where DIR is a Hub id.")(trust_option(function))
+    return click.option("--dtype", type=types, default="auto", show_default=True)(function)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .conversion_options import trust_option
+from .conversion_options import loading_options
 from .output import Output, output_options
 
 if TYPE_CHECKING:
@@ -23,22 +23,10 @@ if TYPE_CHECKING:
 )
 @click.option("--port", type=click.IntRange(1, 65535), help="Default: the first free port from 7860 on.")
 @click.option("--no-browser", is_flag=True, help="Do not open the page in a browser.")
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
-)
-@click.option("--revision", help="Branch, tag or commit, where DIR is a Hub id.")
-@trust_option
+@loading_options
 @output_options
 def command(
-    folder: str,
-    teacher: str | None,
-    host: str,
-    port: int | None,
-    no_browser: bool,
-    dtype: str,
-    revision: str | None,
-    trust_remote_code: bool,
-    output: Output,
+    folder: str, teacher: str | None, host: str, port: int | None, no_browser: bool, output: Output, **source: Any
 ) -> None:
     """Serve a local web page where the model in DIR answers, with live tokens/s and memory; Ctrl-C ends it.
 
@@ -51,7 +39,6 @@ def command(
     import_gradio()
     expect_free(host, port)
     with output.only_result_on_stdout():
-        source: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
         speakers = _speakers(folder, teacher, source, output)
         page, address = serve(Answers(speakers), host=host, port=port, browser=not no_browser)
     result = {"address": address, "models": {speaker.role: speaker.name for speaker in speakers}}

@@ -19,22 +19,12 @@ from .quantities import format_bytes
 if TYPE_CHECKING:
     from rich.console import Console
 
-PACKAGES = (
-    *("rnnzoo", "torch", "transformers", "accelerate", "huggingface-hub", "safetensors", "tokenizers", "gguf"),
-    *("datasets", "peft", "trl", "lm-eval", "matplotlib", "triton"),
-)
-VARIABLES = (
-    *(
-        "RNNZOO_BACKEND",
-        "RNNZOO_CACHE",
-        "RNNZOO_DEBUG",
-        "RNNZOO_NO_REGISTER",
-        "HF_HOME",
-        "HF_HUB_OFFLINE",
-        "HF_ENDPOINT",
-    ),
-    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"),
-)
+PACKAGES = """
+    rnnzoo torch transformers accelerate huggingface-hub safetensors tokenizers gguf datasets peft trl lm-eval
+    matplotlib triton""".split()
+VARIABLES = """
+    RNNZOO_BACKEND RNNZOO_CACHE RNNZOO_DEBUG RNNZOO_NO_REGISTER HF_HOME HF_HUB_OFFLINE HF_ENDPOINT
+    OMP_NUM_THREADS CUDA_VISIBLE_DEVICES""".split()
 
 
 @click.command("env")

@@ -10,24 +10,15 @@ from .conversion_options import trust_option
 from .output import Output, output_options
 from .progress import ProgressReport
 
+COLUMNS = ("student", "teacher", "window")
 
-class _Columns(click.ParamType[tuple[str, ...]]):
+
+def _columns(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     """Some of the three columns, with commas between them."""
-
-    name = "columns"
-    known = ("student", "teacher", "window")
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return "NAMES"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        names = tuple(value) if isinstance(value, tuple | list) else tuple(value.replace(" ", "").split(","))
-        if wrong := [name for name in names if name not in self.known]:
-            self.fail(f"{wrong[0]!r} is no column; give some of {','.join(self.known)}.", param, ctx)
-        return names
-
-
-COLUMN_NAMES = _Columns()
+    names = None if value is None else tuple(value.replace(" ", "").split(","))
+    if wrong := [name for name in names or () if name not in COLUMNS]:
+        raise click.BadParameter(f"{wrong[0]!r} is no column; give some of {','.join(COLUMNS)}.")
+    return names
 
 
 @click.command("eval")
@@ -52,7 +43,8 @@ COLUMN_NAMES = _Columns()
 )
 @click.option(
     "--columns",
-    type=COLUMN_NAMES,
+    metavar="NAMES",
+    callback=_columns,
     help="Some of student,teacher,window; earlier measurements of the others are kept. Default: all.",
 )
 @click.option(
@@ -68,11 +60,9 @@ def command(
     folder: str,
     against: str | None,
     data: tuple[str, ...],
-    limits: str,
     columns: tuple[str, ...] | None,
-    lm_eval: tuple[str, ...],
-    trust_remote_code: bool,
     output: Output,
+    **options: Any,
 ) -> None:
     """Measure the model in DIR; results.json and plots are written there.
 
@@ -87,14 +77,7 @@ def command(
         from ..conversions.evaluation.runner import evaluate
 
         results = evaluate(
-            folder,
-            teacher=against,
-            datasets=data,
-            columns=columns or COLUMN_NAMES.known,
-            limits=limits,
-            lm_eval=lm_eval,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
+            folder, teacher=against, datasets=data, columns=columns or COLUMNS, progress=progress, **options
         )
     from .results import show_results
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..kernels.errors import RnnzooError
-from .conversion_options import trust_option
+from .conversion_options import loading_options
 from .output import Output, output_options
 
 if TYPE_CHECKING:
@@ -31,11 +31,7 @@ if TYPE_CHECKING:
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=0.7, show_default=True)
 @click.option("--greedy", is_flag=True, help="Always take the most likely token; excludes --temperature.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed for sampling.")
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
-)
-@click.option("--revision", help="Branch, tag or commit, where DIR is a Hub id.")
-@trust_option
+@loading_options
 @output_options
 def command(
     folder: str,
@@ -46,10 +42,8 @@ def command(
     temperature: float,
     greedy: bool,
     seed: int,
-    dtype: str,
-    revision: str | None,
-    trust_remote_code: bool,
     output: Output,
+    **source: Any,
 ) -> None:
     """Continue PROMPT with the model in DIR (a folder or a Hub id); a PROMPT of - is read from standard input."""
     if system is not None and chat is False:
@@ -59,7 +53,7 @@ def command(
     if not prompt.strip():
         raise click.UsageError("The prompt is empty.")
     with output.only_result_on_stdout():
-        model, tokenizer = load(folder, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+        model, tokenizer = load(folder, **source)
     chat = tokenizer.chat_template is not None if chat is None else chat
     if (chat or system is not None) and tokenizer.chat_template is None:
         raise RnnzooError(f"The tokenizer of {folder} has no chat template; leave out --chat and --system.")

@@ -46,17 +46,7 @@ if TYPE_CHECKING:
 )
 @output_options
 def command(
-    folder: str,
-    repo: str,
-    private: bool,
-    branch: str,
-    tag: str | None,
-    pull_request: bool,
-    message: str | None,
-    code: bool,
-    permission: bool,
-    dry_run: bool,
-    output: Output,
+    folder: str, repo: str, code: bool, permission: bool, dry_run: bool, output: Output, **options: Any
 ) -> None:
     """Upload the model in DIR to the Hub repository REPO (owner/name), which is created if it does not exist.
 
@@ -64,7 +54,7 @@ def command(
     that are already there are not sent again, also after an interrupted upload. Log in with `hf auth login`, or set
     HF_TOKEN; HF_ENDPOINT and HF_HUB_DISABLE_PROGRESS_BARS work as in the Hub's own tools.
     """
-    if pull_request and tag:
+    if options["pull_request"] and options["tag"]:
         raise click.UsageError("A tag needs a commit on a branch: --tag does not go with --pr.")
     files, left = _prepare(folder, permission, dry_run, output)
     if code:
@@ -75,16 +65,7 @@ def command(
     from ..cards.hub import push_files
 
     with _quiet_hub(output):
-        pushed = push_files(
-            files,
-            repo,
-            private=private,
-            branch=branch,
-            tag=tag,
-            pull_request=pull_request,
-            message=message,
-            note=output.note,
-        )
+        pushed = push_files(files, repo, **options, note=output.note)
     output.result(dataclasses.asdict(pushed), lambda console: _show(pushed, files, console))
 
 
@@ -120,14 +101,10 @@ def _with_code(folder: Path, files: list[PublishedFile]) -> list[PublishedFile]:
     The card says how the model loads, so it is rendered again with the code there, unless somebody wrote in it where it
     would be overwritten. DIR itself stays as it is.
     """
-    import json
+    from ..cards.describe import json_or_nothing
 
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return files  # an adapter, or what the Hub has to say something about
-    ours = isinstance(config, dict) and str(config.get("model_type")).startswith("rnnzoo-")
-    if not ours or config.get("auto_map"):
+    config = json_or_nothing(folder / "config.json")
+    if not str(config.get("model_type")).startswith("rnnzoo-") or config.get("auto_map"):
         return files
     from ..cards.published import with_contents
     from ..publish.standalone import standalone_files
