@@ -17,27 +17,18 @@ __all__ = ["sections"]
 def sections() -> str:
     """A section for every command: usage, what it does, arguments and options."""
     with click.Context(rnnzoo, info_name="rnnzoo", **rnnzoo.context_settings) as root:
-        return "\n\n".join(_section(root, name) for name in COMMANDS) + "\n"
+        return "\n\n".join(_section(root, name, "##") for name in COMMANDS) + "\n"
 
 
-def _section(root: click.Context, name: str) -> str:
-    command = rnnzoo.get_command(root, name)
+def _section(parent: click.Context, name: str, mark: str) -> str:
+    assert isinstance(parent.command, click.Group)
+    command = parent.command.get_command(parent, name)
     assert command is not None
-    context = click.Context(command, info_name=name, parent=root)
-    parts = [f"## rnnzoo {name}", f"```text\n{_usage(command, context)}\n```", _help(command.help or "")]
-    parts.append(_options(command, context))
-    if isinstance(command, click.Group):
-        for inner_name in command.list_commands(context):
-            inner = command.get_command(context, inner_name)
-            assert inner is not None
-            inner_context = click.Context(inner, info_name=inner_name, parent=context)
-            parts += [f"### rnnzoo {name} {inner_name}", f"```text\n{_usage(inner, inner_context)}\n```"]
-            parts += [_help(inner.help or ""), _options(inner, inner_context)]
-    return "\n\n".join(parts)
-
-
-def _usage(command: click.Command, context: click.Context) -> str:
-    return command.get_usage(context).removeprefix("Usage: ")
+    context = click.Context(command, info_name=name, parent=parent)
+    usage = command.get_usage(context).removeprefix("Usage: ")
+    parts = [f"{mark} {context.command_path}", f"```text\n{usage}\n```", _help(command.help or "")]
+    inner = command.list_commands(context) if isinstance(command, click.Group) else []
+    return "\n\n".join([*parts, _options(command, context), *(_section(context, one, f"{mark}#") for one in inner)])
 
 
 def _help(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import ModuleType
 
 from rnnzoo.kernels import dispatch
 from rnnzoo.zoo.core.registry import architectures, mixer_class
@@ -26,15 +27,14 @@ def sections() -> str:
         module = importlib.import_module(f"rnnzoo.kernels.{name}")
         users = [own for own in architectures() if mixer_class(own).kernel == name]
         parts.append(f"### {name}\n\n{prose(module.__doc__ or '')}")
-        parts.append(_backends(name))
+        parts.append(_backends(module))
         if users:
             parts.append("Architectures: " + ", ".join(f"[{own}](zoo/{own}.md)" for own in users) + ".")
     return "\n\n".join(parts) + "\n"
 
 
-def _backends(folder: str) -> str:
-    """Operations that the folder registers, each with its backends, fastest first."""
-    module = importlib.import_module(f"rnnzoo.kernels.{folder}")
+def _backends(module: ModuleType) -> str:
+    """Operations that a kernel registers, each with its backends, fastest first."""
     lines = []
     for operation in module.__all__:
         try:

@@ -13,8 +13,8 @@ import torch
 import transformers
 from torch import nn
 
-from rnnzoo.cli.list_command import WIDTH, facts, published_sizes
-from rnnzoo.cli.quantities import format_bytes, format_count
+from rnnzoo.cli.list_command import WIDTH, facts, published_sizes, size_cells, state_words
+from rnnzoo.cli.quantities import format_bytes
 from rnnzoo.zoo.core.configuration import RecurrentConfig
 from rnnzoo.zoo.core.model import RecurrentBlock
 from rnnzoo.zoo.core.registry import architectures, mixer_class
@@ -51,12 +51,11 @@ def gallery() -> str:
     rows = []
     for name in architectures():
         known = known_facts(name)
-        state = format_bytes(known["state_bytes"]) if known["complexity"].endswith("/ 1") else "grows"
         rows.append(
             [
                 f"[{name}]({name}.md)",
                 _linked(escape(first_sentence(_docstring(name)))),
-                state,
+                state_words(known),
                 known["complexity"],
                 _kernel_link(known["kernel"]),
                 "yes" if known["from_attention"] else "-",
@@ -118,11 +117,8 @@ print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, do_sample=Fals
 
 
 def _words(name: str) -> str:
-    said = []
-    if sizes := architecture_config(name).sizes:
-        said.append(f"`rnnzoo train --arch {name} --size {next(iter(sizes))} --data TEXT --out DIR` trains it.")
-    else:
-        said.append(f"`rnnzoo train --arch {name} --data TEXT --out DIR` trains it.")
+    size = next((f" --size {size}" for size in architecture_config(name).sizes), "")
+    said = [f"`rnnzoo train --arch {name}{size} --data TEXT --out DIR` trains it."]
     if known_facts(name)["imports"]:
         said.append(
             f"`rnnzoo import CHECKPOINT --as {name} --out DIR` takes in a checkpoint of another implementation."
@@ -133,17 +129,7 @@ def _words(name: str) -> str:
 
 
 def _sizes(name: str) -> str:
-    rows = [
-        [
-            size,
-            f"{entry['layers']:,}",
-            f"{entry['hidden_size']:,}",
-            f"{entry['vocab_size']:,}",
-            format_count(entry["parameters"]),
-            "grows" if entry["growing_layers"] else format_bytes(entry["state_bytes"]),
-        ]
-        for size, entry in published_sizes(name).items()
-    ]
+    rows = [[size, *size_cells(entry)] for size, entry in published_sizes(name).items()]
     head = ["size", "layers", "width", "vocabulary", "parameters", "state of a sequence, bfloat16"]
     return table(head, rows, "lrrrrr") if rows else ""
 

@@ -121,7 +121,9 @@ def _show_architectures(architectures: dict[str, dict[str, Any]], console: Conso
     from rich.text import Text
 
     head = ("Architecture", "state", "time / memory", "kernel")
-    rows = [(name, _state(entry), entry["complexity"], entry["kernel"] or "-") for name, entry in architectures.items()]
+    rows = [
+        (name, state_words(entry), entry["complexity"], entry["kernel"] or "-") for name, entry in architectures.items()
+    ]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(name: str, state: str, complexity: str, kernel: str) -> Text:
@@ -138,8 +140,16 @@ def _show_architectures(architectures: dict[str, dict[str, Any]], console: Conso
         console.print(Padding(Text(said, style="dim"), (0, 0, 0, 4)))
 
 
-def _state(entry: dict[str, Any]) -> str:
+def state_words(entry: dict[str, Any]) -> str:
+    """Bytes of an architecture's `facts`, or that they grow with the text."""
     return format_bytes(entry["state_bytes"]) if entry["complexity"].endswith("/ 1") else "grows"
+
+
+def size_cells(entry: dict[str, int]) -> list[str]:
+    """layers, width, vocabulary, parameters and state of one of `published_sizes`."""
+    state = "grows" if entry["growing_layers"] else format_bytes(entry["state_bytes"])
+    numbers = [f"{entry[key]:,}" for key in ("layers", "hidden_size", "vocab_size")]
+    return [*numbers, format_count(entry["parameters"]), state]
 
 
 def _show_sizes(published: dict[str, dict[str, dict[str, int]]], console: Console) -> None:
@@ -153,13 +163,7 @@ def _show_sizes(published: dict[str, dict[str, dict[str, int]]], console: Consol
         table.add_column(title, justify="right")
     for name, sizes in published.items():
         for size, entry in sizes.items():
-            table.add_row(
-                Text(name, style="bold"),
-                Text(size),
-                *(f"{entry[key]:,}" for key in ("layers", "hidden_size", "vocab_size")),
-                format_count(entry["parameters"]),
-                "grows" if entry["growing_layers"] else format_bytes(entry["state_bytes"]),
-            )
+            table.add_row(Text(name, style="bold"), Text(size), *size_cells(entry))
             name = ""
     console.print(table)
     if without := [name for name, sizes in published.items() if not sizes]:

@@ -108,18 +108,7 @@ def build_page(answers: Answers) -> Any:
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             settings = _settings(gr, chats)
 
-        def ask(
-            prompt: str,
-            chat: bool,
-            system: str,
-            temperature: float,
-            top_p: float,
-            top_k: float,
-            penalty: float,
-            tokens: float,
-            seed: float,
-            request: Any,
-        ) -> Iterator[list[Any]]:
+        def ask(prompt, chat, system, temperature, top_p, top_k, penalty, tokens, seed, request) -> Iterator[list[Any]]:
             try:
                 sampling = Sampling(temperature, top_p, _whole(top_k), penalty, _whole(tokens), _whole(seed))
                 busy = [gr.Button(interactive=False), gr.Button(interactive=True)]
