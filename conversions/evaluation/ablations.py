@@ -67,15 +67,7 @@ def ablation(
             quality = {"perplexity": found.value, "stderr": found.stderr, "n_tokens": found.n_tokens}
         except OverflowError:  # a branch that was never meant to be alone
             quality = {"perplexity": None, "stderr": None, "n_tokens": max_tokens}
-        points = recall(
-            model,
-            tokenizer,
-            filler=text,
-            distances=distances,
-            facts=facts,
-            streams=1,
-            chunk=chunk,
-            progress=progress,
-        )
+        how = {"distances": distances, "facts": facts, "streams": 1, "chunk": chunk}
+        points = recall(model, tokenizer, filler=text, **how, progress=progress)
     recalled = {str(point.distance): point.accuracy for point in points}
     return {**quality, "window": window, "recall": recalled}

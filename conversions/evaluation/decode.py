@@ -70,17 +70,9 @@ def decode(
         state_bytes = stream.state_bytes()
         with replaying(model):  # as in generate()
             seconds = _time_steps(stream.fork(), steps, warmup)
-        points.append(
-            DecodePoint(
-                context=context,
-                tokens_per_second=1 / statistics.median(seconds),
-                state_bytes=state_bytes,
-                steps=steps,
-                context_kind="random keys and values" if transformer else "read",
-                device=device_name(model.device),
-                dtype=str(model.dtype).removeprefix("torch."),
-            )
-        )
+        kind = "random keys and values" if transformer else "read"
+        where = device_name(model.device), str(model.dtype).removeprefix("torch.")
+        points.append(DecodePoint(context, 1 / statistics.median(seconds), state_bytes, steps, kind, *where))
     progress("decode", max(contexts), max(contexts), {})
     return points
 

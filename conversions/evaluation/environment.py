@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -51,8 +52,6 @@ def device_name(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0] if models else name
+        named = re.search(r"^model name[ \t]*:[ \t]*(.*\S)", cpuinfo.read_text(), re.MULTILINE)
+        name = named[1] if named else name
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} threads"

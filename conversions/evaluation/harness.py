@@ -28,7 +28,6 @@ def lm_eval_tasks(
     *,
     max_items: int | None = None,
     batch_size: int = 8,
-    num_fewshot: int | None = None,
 ) -> list[dict[str, Any]]:
     """Runs lm-eval tasks: one row [{task, metric, value, stderr, n}] for every numeric metric.
 
@@ -42,9 +41,7 @@ def lm_eval_tasks(
 
     wrapped = RnnzooLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
-        output = lm_eval.simple_evaluate(
-            model=wrapped, tasks=list(tasks), limit=max_items, num_fewshot=num_fewshot, bootstrap_iters=1000
-        )
+        output = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=max_items, bootstrap_iters=1000)
     except (KeyError, OSError, ValueError) as error:
         raise RnnzooError(
             f"lm-eval could not run {', '.join(tasks)} ({type(error).__name__}: {' '.join(str(error).split())[:200]}): "

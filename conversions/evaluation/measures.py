@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...cards.commands import snippet_code
 from .ablations import ablation, branches
@@ -55,11 +55,11 @@ class Measures:
         context: int,
         settings: dict[str, Any],
         data: Dataset | str,
-        run: Callable[[PreTrainedModel, PreTrainedTokenizerBase, Progress], Any],
+        run: Callable[..., Any],
         /,
         **about: Any,
     ) -> list[dict[str, Any]]:
-        """The rows of what `run(model, tokenizer, progress)` gives, one dataclass or dictionary or several.
+        """The rows of what `run(model, tokenizer, progress=...)` gives, one dataclass or dictionary or several.
 
         Args:
             context: tokens that the window column's bytes are counted at. settings: whatever `run` depends on.
@@ -81,7 +81,7 @@ class Measures:
 
         def measured() -> list[dict[str, Any]]:
             with column.at(context) as (model, tokenizer):
-                found = run(model, tokenizer, report)
+                found = run(model, tokenizer, progress=report)
             several = found if isinstance(found, list) else [found]
             return [value if isinstance(value, dict) else asdict(value) for value in several]
 
@@ -91,35 +91,20 @@ class Measures:
         limits, rows = self.limits, []
         for window, stride in [*((w, None) for w in limits.windows), *limits.strided]:
             own = {"window": window, "stride": stride, "max_tokens": limits.perplexity_tokens}
-            run = lambda model, tokenizer, report, own=own: perplexity(  # noqa: E731
-                model, tokenizer, dataset.text, **own, progress=report
-            )
+            run = partial(perplexity, text=dataset.text, **own)
             rows += self._rows(column, "perplexity", window, own, dataset, run, dataset=dataset.name)
         return rows
 
     def task(self, column: Column, dataset: Dataset) -> list[dict[str, Any]]:
         measure = last_word if dataset.kind == "last_word" else minimal_pairs
-        own = {"max_items": self.limits.task_items}
-        return self._rows(
-            column,
-            dataset.kind,
-            max(self.limits.windows),
-            own,
-            dataset,
-            lambda model, tokenizer, report: measure(model, tokenizer, dataset.items, **own, progress=report).to_dict(),
-            task=dataset.name,
-        )
+        own, context = {"max_items": self.limits.task_items}, max(self.limits.windows)
+        run = lambda *pair, progress: measure(*pair, dataset.items, **own, progress=progress).to_dict()  # noqa: E731
+        return self._rows(column, dataset.kind, context, own, dataset, run, task=dataset.name)
 
     def lm_eval(self, column: Column, tasks: tuple[str, ...]) -> list[dict[str, Any]]:
-        own = {"max_items": self.limits.task_items}
-        return self._rows(
-            column,
-            "lm_eval",
-            max(self.limits.windows),
-            own | {"tasks": list(tasks)},
-            "",
-            lambda model, tokenizer, report: lm_eval_tasks(model, tokenizer, tasks, **own),
-        )
+        own = {"max_items": self.limits.task_items, "tasks": list(tasks)}
+        run = lambda model, tokenizer, progress: lm_eval_tasks(model, tokenizer, **own)  # noqa: E731
+        return self._rows(column, "lm_eval", max(self.limits.windows), own, "", run)
 
     def by_position(self, column: Column, dataset: Dataset) -> list[dict[str, Any]]:
         limits, end = self.limits, self.limits.position_tokens
@@ -127,17 +112,8 @@ class Measures:
         if column.positions is not None:
             length = min(length, limits.teacher_position_tokens or 2 * column.positions)
         own = {"max_tokens": length, "edges": sorted({0, *(edge for edge in POSITION_EDGES if edge < end), end})}
-        return self._rows(
-            column,
-            "by_position",
-            end,
-            own,
-            dataset,
-            lambda model, tokenizer, report: by_position(
-                model, tokenizer, _long_text(dataset), **own, chunk=limits.chunk, progress=report
-            ),
-            dataset=dataset.name,
-        )
+        run = partial(by_position, text=_long_text(dataset), **own, chunk=limits.chunk)
+        return self._rows(column, "by_position", end, own, dataset, run, dataset=dataset.name)
 
     def recall(self, column: Column, dataset: Dataset | None) -> list[dict[str, Any]]:
         """The window column's bytes are the student's at the furthest distance."""
@@ -164,18 +140,8 @@ class Measures:
     def _recall(
         self, column: Column, end: int, own: dict[str, Any], dataset: Dataset | None, **about: Any
     ) -> list[dict[str, Any]]:
-        filler = _long_text(dataset) if dataset else None
-        return self._rows(
-            column,
-            "recall",
-            end,
-            own,
-            dataset or "made up",
-            lambda model, tokenizer, report: recall(
-                model, tokenizer, filler=filler, **own, chunk=self.limits.chunk, progress=report
-            ),
-            **about,
-        )
+        run = partial(recall, filler=_long_text(dataset) if dataset else None, **own, chunk=self.limits.chunk)
+        return self._rows(column, "recall", end, own, dataset or "made up", run, **about)
 
     def ablations(self, column: Column, texts: list[Dataset]) -> list[dict[str, Any]]:
         """The whole, then each branch alone; nothing for a model without branches."""
@@ -191,9 +157,7 @@ class Measures:
         }
         rows = []
         for branch in (None, *found):
-            run = lambda model, tokenizer, report, branch=branch: ablation(  # noqa: E731
-                model, tokenizer, branch, text=dataset.text, **own, chunk=limits.chunk, progress=report
-            )
+            run = partial(ablation, branch=branch, text=dataset.text, **own, chunk=limits.chunk)
             about = {"branch": branch or "whole", "dataset": dataset.name}
             rows += self._rows(column, "ablation", 0, own | {"branch": branch}, dataset, run, **about)
         return rows
@@ -203,8 +167,7 @@ class Measures:
         own = {"context": self.limits.parity_context, "steps": self.limits.parity_steps}
         if not own["steps"]:
             return []
-        run = lambda model, tokenizer, report: parity(model, tokenizer, **own, progress=report)  # noqa: E731
-        return self._rows(column, "parity", own["context"], own, "", run)
+        return self._rows(column, "parity", own["context"], own, "", partial(parity, **own))
 
     def decode(self, column: Column) -> list[dict[str, Any]]:
         """Each context apart where the window depends on it."""
@@ -213,19 +176,19 @@ class Measures:
         rows = []
         for contexts in groups if limits.contexts else []:
             own = {"contexts": list(contexts), "steps": limits.decode_steps}
-            run = lambda model, tokenizer, report, own=own: decode(  # noqa: E731
-                model, **own, chunk=limits.chunk, progress=report
+            run = lambda model, _, progress, own=own: decode(  # noqa: E731
+                model, **own, chunk=limits.chunk, progress=progress
             )
             rows += self._rows(column, "decode", max(contexts), own, "", run)
         return rows
 
     def samples(self, column: Column) -> list[dict[str, str]]:
         own = {"max_new_tokens": self.limits.sample_tokens}
-        rows = self._rows(column, "samples", 0, own, "", lambda model, words, report: sample(model, words, **own))
+        rows = self._rows(column, "samples", 0, own, "", lambda *pair, progress: sample(*pair, **own))
         return [{"prompt": row["prompt"], "output": row["output"]} for row in rows]
 
     def example(self, column: Column, folder: Path) -> dict[str, str]:
         """The card's example and what it prints, from a model loaded anew, as its reader will load it."""
         code = snippet_code(chat=bool(column.tokenizer.chat_template), max_new_tokens=self.limits.sample_tokens)
-        (row,) = self._rows(column, "example", 0, {"code": code}, "", lambda *_: run_example(folder, code))
+        (row,) = self._rows(column, "example", 0, {"code": code}, "", lambda *_, progress: run_example(folder, code))
         return {name: row[name] for name in ("code", "output") if name in row}

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .scoring import Progress, Stream, encode, log_probs, no_progress
 
-__all__ = ["CONTEXT", "STEPS", "Parity", "parity"]
+__all__ = ["Parity", "parity"]
 
-CONTEXT, STEPS = 448, 64
 FILLER = "The state of a recurrent model is all that it knows of the text before. "
 
 
@@ -41,8 +40,8 @@ def parity(
     tokenizer: PreTrainedTokenizerBase,
     text: str | None = None,
     *,
-    context: int = CONTEXT,
-    steps: int = STEPS,
+    context: int = 448,
+    steps: int = 64,
     progress: Progress = no_progress,
 ) -> Parity:
     """Reads `text` (None, or too short: repeated prose) both ways and compares the predictions of the last `steps`."""

@@ -102,15 +102,8 @@ def perplexity(
     progress("perplexity", spans[-1][1], spans[-1][1], {"window": len(spans)})
     total, tokens = sum(losses), sum(counts)
     value = math.exp(total / tokens)
-    return Perplexity(
-        window=window,
-        stride=stride,
-        value=value,
-        stderr=_stderr(losses, counts, value),
-        bits_per_byte=total / math.log(2) / max(scored_bytes, 1),
-        n_tokens=tokens,
-        n_windows=len(spans),
-    )
+    bits_per_byte = total / math.log(2) / max(scored_bytes, 1)
+    return Perplexity(window, stride, value, _stderr(losses, counts, value), bits_per_byte, tokens, len(spans))
 
 
 def _characters(max_tokens: int | None, text: str) -> int:

@@ -86,12 +86,8 @@ def evaluate(
     window = next((column for column in opened.columns if column.name == "window"), None)
     if window:
         context = max(sizes.windows)
-        evaluation["window_baseline"] = {
-            "window": window.window(context),
-            "sinks": SINKS,
-            "state_bytes": opened.state.at(context),
-            "context": context,
-        }
+        size = {"state_bytes": opened.state.at(context), "context": context}
+        evaluation["window_baseline"] = {"window": window.window(context), "sinks": SINKS, **size}
     if sizes.sample_tokens:
         results["samples"] = measuring.samples(opened.student)
         results["snippet"] = measuring.example(opened.student, student_dir)

@@ -78,10 +78,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Tensor, Tenso
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token before a text that is scored from its very first token: BOS, else EOS, else 0."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0
+    return next(token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
 def cache_bytes(cache: Any) -> int:

@@ -111,13 +111,8 @@ def last_word(
     scores = score_continuations(model, sequences, progress=progress, what="last word")
     n = len(scores)
     accuracy = sum(greedy for _, greedy in scores) / n
-    return TaskResult(
-        metric="accuracy",
-        value=accuracy,
-        stderr=binomial_stderr(accuracy, n),
-        n=n,
-        perplexity=math.exp(-sum(score for score, _ in scores) / n),
-    )
+    perplexity = math.exp(-sum(score for score, _ in scores) / n)
+    return TaskResult("accuracy", accuracy, binomial_stderr(accuracy, n), n, perplexity=perplexity)
 
 
 def minimal_pairs(

@@ -14,7 +14,8 @@ import gzip
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,11 @@ class Dataset:
     kind: str
     documents: tuple[str, ...] = ()
     items: tuple[dict[str, Any], ...] = ()
-    sha256: str = field(default="")
 
-    def __post_init__(self) -> None:
-        if not self.sha256:
-            digest = hashlib.sha256()
-            for document in self.documents:
-                digest.update(document.encode() + b"\0")
-            for item in self.items:
-                digest.update(json.dumps(item, sort_keys=True, ensure_ascii=False).encode() + b"\0")
-            object.__setattr__(self, "sha256", digest.hexdigest())
+    @cached_property
+    def sha256(self) -> str:
+        items = (json.dumps(item, sort_keys=True, ensure_ascii=False) for item in self.items)
+        return hashlib.sha256(b"".join(text.encode() + b"\0" for text in (*self.documents, *items))).hexdigest()
 
     @property
     def text(self) -> str:
