@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .corpus import Corpus, Split, corpus_from_texts, documents, mixed_corpus, open_corpus, split_of
+from .corpus import Corpus, Split, corpus_from_texts, mixed_corpus, open_corpus, split_of
 from .default import HUB_DATASET, default_corpus
 from .hashes import Overlap, TextHashes, refuse_overlap
 from .installed import python_prose
@@ -18,7 +18,6 @@ __all__ = [
     "check_sequence_length",
     "corpus_from_texts",
     "default_corpus",
-    "documents",
     "mixed_corpus",
     "open_corpus",
     "pack",

@@ -22,10 +22,7 @@ __all__ = ["Kind", "chat_tokens", "check_template", "examples", "kind_of_source"
 
 Kind = Literal["chat", "preference"]
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}  # as ShareGPT names them
-FIELDS = {
-    "chat": "messages, conversations, or prompt and completion",
-    "preference": "prompt, chosen and rejected",
-}
+FIELDS = {"chat": "messages, conversations, or prompt and completion", "preference": "prompt, chosen and rejected"}
 
 
 def examples(sources: list[str], kind: Kind, seed: int = 0) -> Iterator[dict[str, Any]]:

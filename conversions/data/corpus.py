@@ -21,7 +21,7 @@ from ...kernels.errors import RnnzooError
 from ..teachers.files import hub_reachable
 from .files import data_files, is_plain_text, read_file
 
-__all__ = ["Corpus", "Split", "corpus_from_texts", "documents", "mixed_corpus", "open_corpus", "split_of"]
+__all__ = ["Corpus", "Split", "corpus_from_texts", "mixed_corpus", "open_corpus", "split_of"]
 
 Split = Literal["calibration", "training", "evaluation"]
 Data = str | Path | Sequence[str | Path]
@@ -106,13 +106,6 @@ def _small_splits(documents: list[str], evaluation: float, calibration: float) -
     splits.update(dict.fromkeys(ranked[: evaluation + calibration], "calibration"))
     splits.update(dict.fromkeys(ranked[:evaluation], "evaluation"))
     return splits
-
-
-def documents(
-    data: Data, text_field: str = "text", *, split: Split | None = None, seed: int = 0, tokenizer: Any = None
-) -> Iterator[str]:
-    """The documents of `open_corpus(data, text_field, tokenizer=tokenizer)`."""
-    return open_corpus(data, text_field, tokenizer=tokenizer).documents(split, seed=seed)
 
 
 def corpus_from_texts(texts: Iterable[str], source: str) -> Corpus:

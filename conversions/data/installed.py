@@ -17,17 +17,12 @@ __all__ = ["PROSE_SOURCE", "python_prose"]
 
 PROSE_SOURCE = "prose of the Python installation: documentation, docstrings, package descriptions and licences"
 
-SMALL_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        """
+_SMALL = """
     a about after all also an and any are as at be because been before but by can could did do does each for
     from had has have he her his how i if in into is it its may more most must no not of on one only or other
     our out over own same should so some such than that the their them then there these they this those to under
-    up use used was we were what when where which while who will with would you your
-    """,
-    )
-)
+    up use used was we were what when where which while who will with would you your"""
+SMALL_WORDS = frozenset(_SMALL.split())
 LEAST_WORDS, MOST_DIGITS_AND_SYMBOLS, LEAST_SMALL_WORDS = 25, 0.06, 0.30
 LEAST_DOCUMENT = 600  # characters
 DOCSTRING = re.compile(r'"""(.{200,}?)"""', re.DOTALL)

@@ -60,11 +60,9 @@ class PackedTokens(Dataset):
     def rows(self, first: int, count: int) -> PackedTokens:
         """`count` rows from `first` on, beginning again where the rows end; of a mapped file they stay mapped."""
         first %= len(self)
-        if first + count <= len(self):
-            part = slice(first, first + count)
-            return PackedTokens(self.input_ids[part], self.seq_ids[part], self.source, self.hashes)
-        picked = torch.arange(first, first + count) % len(self)
-        return PackedTokens(self.input_ids[picked], self.seq_ids[picked], self.source, self.hashes)
+        whole = first + count <= len(self)
+        part = slice(first, first + count) if whole else torch.arange(first, first + count) % len(self)
+        return PackedTokens(self.input_ids[part], self.seq_ids[part], self.source, self.hashes)
 
     @property
     def seq_len(self) -> int:

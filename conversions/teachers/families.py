@@ -28,12 +28,16 @@ class Family:
         model_type: transformers' name of the architecture.
         config_name, model_name: classes of transformers.
         qk_norm: q and k pass through an RMS norm over head_dim before the rotation.
+        attention_name: of a block's attention.
+        renames: (teacher's part of a tensor's name, the student's).
     """
 
     model_type: str
     config_name: str
     model_name: str
     qk_norm = False
+    attention_name = "self_attn"
+    renames: tuple[tuple[str, str], ...] = ()
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:
@@ -101,15 +105,11 @@ class Family:
 
     def layers(self, model: PreTrainedModel) -> list[nn.Module]:
         """The decoder blocks, first to last."""
-        return list(model.model.layers)
+        return list(model.base_model.layers)
 
     def attention_module(self, model: PreTrainedModel, layer: int) -> nn.Module:
-        """The attention of a block, for hooks: called with hidden states, returns (output (B, T, D), weights)."""
-        return self.layers(model)[layer].self_attn
-
-    def output_module(self, model: PreTrainedModel, layer: int) -> nn.Linear:
-        """The projection after the heads, for hooks: its input is (B, T, heads * head_dim)."""
-        return self.attention_module(model, layer).o_proj
+        """The attention of a block: called with hidden states, returns (output (B, T, D), weights)."""
+        return getattr(self.layers(model)[layer], self.attention_name)
 
     def attention_weights(self, model: PreTrainedModel, layer: int) -> AttentionWeights:
         """The tensors of one attention layer, detached, in the teacher's dtype."""
@@ -125,12 +125,15 @@ class Family:
 
     def shared_tensors(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Student name -> teacher tensor, for everything that is not a mixer. A tied lm_head is left out."""
-        tied = model.config.tie_word_embeddings
-        return {
-            name: tensor
-            for name, tensor in model.state_dict().items()
-            if ".self_attn." not in name and not (tied and name == "lm_head.weight")
-        }
+        shared = {}
+        for name, tensor in model.state_dict().items():
+            tied_head = name == "lm_head.weight" and model.config.tie_word_embeddings
+            if f".{self.attention_name}." in name or tied_head:
+                continue
+            for old, new in self.renames:
+                name = name.replace(old, new)
+            shared[name] = tensor
+        return shared
 
     def _head_counts(self, config: PreTrainedConfig) -> dict[str, int]:
         heads = config.num_attention_heads
@@ -169,6 +172,7 @@ class GPTNeoX(Family):
     """GPT-NeoX and Pythia (Black et al. 2022): query_key_value rows are [q | k | v] of head 0, then of head 1, ..."""
 
     model_type, config_name, model_name = "gpt_neox", "GPTNeoXConfig", "GPTNeoXForCausalLM"
+    attention_name = "attention"
     renames = (
         ("gpt_neox.embed_in.", "model.embed_tokens."),
         ("gpt_neox.final_layer_norm.", "model.norm."),
@@ -188,15 +192,6 @@ class GPTNeoX(Family):
     def norm_eps(self, config: PreTrainedConfig) -> float:
         return config.layer_norm_eps
 
-    def layers(self, model: PreTrainedModel) -> list[nn.Module]:
-        return list(model.gpt_neox.layers)
-
-    def attention_module(self, model: PreTrainedModel, layer: int) -> nn.Module:
-        return self.layers(model)[layer].attention
-
-    def output_module(self, model: PreTrainedModel, layer: int) -> nn.Linear:
-        return self.attention_module(model, layer).dense
-
     def attention_weights(self, model: PreTrainedModel, layer: int) -> AttentionWeights:
         attention = self.attention_module(model, layer)
         counts = self._head_counts(model.config)
@@ -209,17 +204,6 @@ class GPTNeoX(Family):
             parts.update(split_heads(bias.detach(), counts["num_heads"], "_bias"))
             parts["o_bias"] = attention.dense.bias.detach()
         return AttentionWeights(**parts, **counts)
-
-    def shared_tensors(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        shared = {}
-        for name, tensor in model.state_dict().items():
-            tied_head = name == "lm_head.weight" and model.config.tie_word_embeddings
-            if ".attention." in name or tied_head:
-                continue
-            for old, new in self.renames:
-                name = name.replace(old, new)
-            shared[name] = tensor
-        return shared
 
 
 def split_heads(fused: Tensor, heads: int, suffix: str) -> dict[str, Tensor]:

@@ -15,14 +15,7 @@ from pathlib import Path
 from ...kernels.cache import cache_root
 from ...kernels.errors import RnnzooError
 
-__all__ = [
-    "cache_root",
-    "content_hash",
-    "foreign_code",
-    "hub_reachable",
-    "quiet_loading",
-    "user_errors",
-]
+__all__ = ["cache_root", "content_hash", "foreign_code", "hub_reachable", "quiet_loading", "user_errors"]
 
 FULL_HASH_BYTES = 2 << 30
 SAMPLE_BYTES = 1 << 16

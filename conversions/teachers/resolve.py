@@ -242,25 +242,20 @@ def _from_hub(name: str, offline: bool, get: Any) -> Any:
 
     try:
         return get()
-    except errors.HFValidationError as error:
-        raise RnnzooError(f"There is no folder {name}, and it cannot be a Hub id: {first_line(error)}") from error
-    except errors.GatedRepoError as error:
-        raise RnnzooError(f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`.") from error
-    except errors.RepositoryNotFoundError as error:
-        raise RnnzooError(f"There is no model {name} on the Hub (or it is private: `hf auth login`).") from error
-    except errors.RevisionNotFoundError as error:
-        raise RnnzooError(f"{name} has no such revision on the Hub; check --revision.") from error
-    except errors.LocalEntryNotFoundError as error:
+    except (errors.HFValidationError, errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
         why = "HF_HUB_OFFLINE is set" if _offline_by_choice() else "the Hub cannot be reached"
         why = why if offline else "the Hub did not answer"
-        raise RnnzooError(
-            f"There is no folder {name}, and as a Hub id it is not in the cache while {why}; "
-            "connect once, or give a folder or GGUF file."
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise RnnzooError(f"{name} on the Hub lacks a file that a model has (config.json).") from error
-    except errors.HfHubHTTPError as error:
-        raise RnnzooError(f"The Hub refused {name}: {first_line(error)}") from error
+        sentences = {  # the first that fits: some are kinds of later ones
+            errors.HFValidationError: f"There is no folder {name}, and it cannot be a Hub id: {first_line(error)}",
+            errors.GatedRepoError: f"{name} is gated: accept its terms on the Hub and log in with `hf auth login`.",
+            errors.RepositoryNotFoundError: f"There is no model {name} on the Hub (or it is private: `hf auth login`).",
+            errors.RevisionNotFoundError: f"{name} has no such revision on the Hub; check --revision.",
+            errors.LocalEntryNotFoundError: f"There is no folder {name}, and as a Hub id it is not in the cache while "
+            f"{why}; connect once, or give a folder or GGUF file.",
+            errors.EntryNotFoundError: f"{name} on the Hub lacks a file that a model has (config.json).",
+            errors.HfHubHTTPError: f"The Hub refused {name}: {first_line(error)}",
+        }
+        raise RnnzooError(next(said for kind, said in sentences.items() if isinstance(error, kind))) from error
 
 
 def _offline_by_choice() -> bool:

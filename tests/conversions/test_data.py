@@ -16,7 +16,6 @@ from rnnzoo.conversions.data import (
     TextHashes,
     check_sequence_length,
     corpus_from_texts,
-    documents,
     mixed_corpus,
     open_corpus,
     pack,
@@ -30,6 +29,10 @@ from .tiny import tiny_config, tiny_tokenizer
 WORDS = (
     "river stone cloud paper market winter garden letter window bridge silver engine morning harbour lantern".split()
 )
+
+
+def documents(data, text_field="text", *, seed=0, tokenizer=None):
+    return open_corpus(data, text_field, tokenizer=tokenizer).documents(seed=seed)
 
 
 def prose(count: int, words: int = 60, seed: int = 0) -> list[str]:

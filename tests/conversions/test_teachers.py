@@ -67,8 +67,10 @@ def test_modules_for_hooks_are_the_ones_that_the_forward_pass_calls(family, tmp_
     ref = resolve_teacher(str(tiny_teacher(family, tmp_path)))
     model = ref.load()
     seen = {}
-    ref.family.attention_module(model, 1).register_forward_hook(lambda _m, _i, out: seen.update(attention=out[0]))
-    ref.family.output_module(model, 1).register_forward_pre_hook(lambda _m, args: seen.update(heads=args[0]))
+    attention = ref.family.attention_module(model, 1)
+    output = attention.dense if family == "gpt_neox" else attention.o_proj
+    attention.register_forward_hook(lambda _m, _i, out: seen.update(attention=out[0]))
+    output.register_forward_pre_hook(lambda _m, args: seen.update(heads=args[0]))
     with torch.no_grad():
         model(torch.randint(3, 300, (1, 7)))
     weights = ref.family.attention_weights(model, 1)
