@@ -99,7 +99,8 @@ def test_numbers_of_the_readme_are_those_of_the_results_page():
 def test_pictures_are_small_and_come_in_both_themes(tmp_path):
     pytest.importorskip("matplotlib")
     from make_pictures import CONCEPTS
-    from site_pictures.style import DARK, LIGHT
+
+    from rnnzoo.cards.style import DARK, LIGHT
 
     for name in (*CONCEPTS, "result"):
         light, dark = ((ASSETS / f"{name}-{theme}.svg").read_text() for theme in THEMES)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rnnzoo import cli
-from rnnzoo.conversions.evaluation import runner
+from rnnzoo.conversions.evaluation import measures, runner
 
 from .conftest import write_documents
 
@@ -75,6 +75,6 @@ def test_harness_tasks_are_asked_for_by_name(measured, capsys, monkeypatch):
 
     row = {"task": "piqa", "metric": "acc", "value": 0.5, "stderr": 0.1, "n": 100}
     monkeypatch.setattr(runner, "require_lm_eval", lambda tasks: None)
-    monkeypatch.setattr(runner, "lm_eval_tasks", lambda model, tokenizer, tasks, **options: [row])
+    monkeypatch.setattr(measures, "lm_eval_tasks", lambda model, tokenizer, tasks, **options: [row])
     assert cli._run(command) == 0
     assert "piqa, acc (n = 100)" in capsys.readouterr().out

@@ -54,7 +54,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("parts", CLOSED_FORMS, ids="+".join)
 @pytest.mark.parametrize("name", STUDENTS)
 def test_every_closed_form_ends_at_the_same_fit_in_both_precisions(trained, name, parts):
-    """The ridge is given: which one is best may turn on rounding. Before the fit the losses differ by a thousandth."""
+    """Up to one rounding of bfloat16, 2^-8. The ridge is given: which one is best may turn on rounding."""
     ids = text(4, 48, 1000)
     data = PackedTokens(ids, torch.zeros_like(ids), "test", TextHashes("test"))
     losses = []
@@ -64,7 +64,7 @@ def test_every_closed_form_ends_at_the_same_fit_in_both_precisions(trained, name
         losses.append(
             fit_layers(InMemoryLayers(teacher_model, student), data, ClosedForm(parts, 0.1), judge=data, bf16=bf16)
         )
-    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert losses[1] == pytest.approx(losses[0], rel=2**-8)
 
 
 def test_a_weight_that_changes_in_the_block_is_cast_again():
