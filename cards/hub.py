@@ -165,7 +165,7 @@ class _Push:
 
         def once() -> Pushed:
             nonlocal parent, uploaded
-            head = self.api.repo_info(self.repo, revision=self.branch).sha
+            head = str(self.api.repo_info(self.repo, revision=self.branch).sha)
             changed, gone = self._compare(files, head)
             same = len(files) - len(changed)
             if parent is None and tagged and (tagged != head or changed or gone):
@@ -196,7 +196,7 @@ class _Push:
     def _compare(self, files: list[PublishedFile], head: str) -> tuple[list[CommitOperationAdd], list[str]]:
         """(files that differ from the commit `head`, stale weights there)."""
         listed = self.api.list_repo_tree(self.repo, revision=head, recursive=True)
-        remote = {entry.path: entry for entry in listed if hasattr(entry, "blob_id")}
+        remote: dict[str, Any] = {entry.path: entry for entry in listed if hasattr(entry, "blob_id")}
         changed = []
         for file in files:
             there = remote.get(file.path)

@@ -9,7 +9,7 @@ T tokens, Hk kv heads, d head_dim, n rows (query positions sampled).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ def measure_trained(
     Args:
         student: of a mixer whose `linear_weights` are known.
     """
-    mixers = [block.mixer if block.mixer.divides_budget else None for block in student.model.layers]
+    blocks: Any = student.model.layers
+    mixers = [block.mixer if block.mixer.divides_budget else None for block in blocks]
     own = {length for mixer in mixers if mixer is not None for length in mixer.lengths}
     windows = tuple(sorted({w for w in WINDOWS if w < data.seq_len} | own))
     total = torch.zeros(len(mixers), teacher_model.config.num_key_value_heads, 1, len(windows))

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..kernels.errors import RnnzooError
 from ..zoo.core.files import expect_free
@@ -47,8 +47,8 @@ def tiny_setting(folder: Path) -> Setting:
     teacher, text = folder / "teacher", folder / "text.jsonl"
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
-    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "max_position_embeddings": 512}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+    sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 8}
+    heads: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 512}
     config = LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads)
     LlamaForCausalLM(config).save_pretrained(teacher)
     tokenizer.save_pretrained(teacher)
