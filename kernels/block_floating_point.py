@@ -45,6 +45,11 @@ class Packed:
         """Of the vectors."""
         return self.codes.shape[-1] * (2 if self.codes.dtype == torch.uint8 else 1)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(..., width)."""
+        return (*self.codes.shape[:-1], self.width)
+
     def select(self, *index: Tensor) -> Packed:
         """The vectors at these places of the leading axes."""
         return Packed(self.codes[index], self.exponents[index])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .errors import ShapeError
 
-__all__ = ["check_steps", "expect", "expect_ndim"]
+__all__ = ["check_steps", "expect", "expect_all", "expect_axes", "expect_ndim"]
 
 
 def expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
@@ -19,11 +21,23 @@ def expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
         raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}.")
 
 
-def expect_ndim(name: str, tensor: Tensor, ndim: int, axes: str) -> None:
-    """Raises a ShapeError unless `tensor` has these axes and at least one step of time (its second axis)."""
+def expect_all(shapes: dict[str, tuple[Any, tuple[int, ...]]]) -> None:
+    """Raises a ShapeError unless each tensor, by its name, has its shape; None has any."""
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}.")
+
+
+def expect_axes(name: str, tensor: Tensor, ndim: int, axes: str) -> None:
+    """Raises a ShapeError unless `tensor` has these axes."""
     if not isinstance(tensor, Tensor) or tensor.ndim != ndim:
         got = f"has shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"is a {type(tensor).__name__}"
         raise ShapeError(f"{name} {got}; expected {axes}.")
+
+
+def expect_ndim(name: str, tensor: Tensor, ndim: int, axes: str) -> None:
+    """Raises a ShapeError unless `tensor` has these axes and at least one step of time (its second axis)."""
+    expect_axes(name, tensor, ndim, axes)
     if tensor.shape[1] == 0:
         raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; expected at least one time step.")
 

@@ -14,6 +14,9 @@ RNNZOO_BACKEND, the highest priority among the backends that are available and s
 backend that the operation does not have, or that cannot do the call, is an error. The other two hold for the whole
 process and every operation, so they are preferences: where such a backend cannot serve, the automatic choice does, and
 the log says so once. A name that no operation has is an error in any case.
+
+A call with nothing in it (no row in the batch, no channel) is for the loops in `reference.py` alone, which need no
+special case for it; faster backends divide their work by these sizes.
 """
 
 from __future__ import annotations
@@ -52,6 +55,9 @@ _chosen: str | None = None
 # The blocks of `use_backend` that are open, in any thread: the last to be entered decides.
 _blocks: list[list[str | None]] = []
 _entering = threading.Lock()
+# What may have no width in a call that is not empty: a window without a linear part has no features and what goes by
+# them, a convolution of one tap no state.
+_MAY_BE_EMPTY = frozenset({"q", "k", "g", "bonus", "leaving", "state", "initial_state"})
 
 
 def _always(**call: Any) -> None:
@@ -184,11 +190,22 @@ def dispatch_alike(operation: str, call: dict[str, Any], alike: tuple[Any, ...],
     device = next(iter(call.values())).device.type
     if (_chosen is None and ENVIRONMENT_VARIABLE in os.environ) or torch.is_autocast_enabled(device):
         return dispatch(operation, call, backend)
-    key = (operation, backend, _chosen, alike)
+    key = (operation, backend, _chosen, alike, _is_empty(call))
     function = _ALIKE.get(key)
     if function is None:
         function = _ALIKE[key] = select(operation, call, backend).load()
     return function(**call)
+
+
+def _is_empty(call: dict[str, Any]) -> bool:
+    return any(isinstance(x, torch.Tensor) and not x.numel() and name not in _MAY_BE_EMPTY for name, x in call.items())
+
+
+def _refusal(backend: Backend, call: dict[str, Any]) -> str | None:
+    """Why a backend does not serve this call; None where it does."""
+    if backend.name != "reference" and _is_empty(call):
+        return "an empty call, for the reference alone"
+    return backend.available() or backend.supports(**call)
 
 
 def select(operation: str, call: dict[str, Any], backend: str | None = None) -> Backend:
@@ -198,7 +215,7 @@ def select(operation: str, call: dict[str, Any], backend: str | None = None) -> 
         if backend not in table:
             known = ", ".join(table)
             raise RnnzooError(f"backend= asks for {backend!r}, which {operation} does not have; it has {known}.")
-        reason = table[backend].available() or table[backend].supports(**call)
+        reason = _refusal(table[backend], call)
         if reason is not None:
             raise RnnzooError(f"backend= asks for {backend!r}, which cannot run this {operation}: {reason}.")
         return table[backend]
@@ -210,7 +227,7 @@ def select(operation: str, call: dict[str, Any], backend: str | None = None) -> 
     elif preferred is not None:
         rejected.append(f"{operation} has no backend {preferred}")
     for candidate in candidates:
-        reason = candidate.available() or candidate.supports(**call)
+        reason = _refusal(candidate, call)
         if reason is None:
             if not torch.compiler.is_compiling():
                 because = "; ".join(rejected) or "first choice"
@@ -239,4 +256,4 @@ def backends(operation: str | None = None) -> list[BackendStatus]:
 
 def explain(operation: str, call: dict[str, Any]) -> dict[str, str | None]:
     """For each backend of `operation`, fastest first: None where it could serve `call`, else the reason why not."""
-    return {name: entry.available() or entry.supports(**call) for name, entry in _REGISTRY[operation].items()}
+    return {name: _refusal(entry, call) for name, entry in _REGISTRY[operation].items()}

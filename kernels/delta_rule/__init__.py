@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import gpu, native
-from ..checks import check_steps, expect, expect_ndim
+from ..checks import check_steps, expect, expect_axes, expect_ndim
 from ..dispatch import dispatch, dispatch_alike, register
 from ..errors import ShapeError
 
@@ -141,7 +141,7 @@ def delta_rule(
     expect_ndim("v", v, 4, "(batch, time, heads, value width)")
     batch, time, heads, keys = q.shape
     state_heads, values = v.shape[2:]
-    if state_heads == 0 or heads % state_heads:
+    if 0 in (heads, state_heads) or heads % state_heads:
         raise ShapeError(f"q has {heads} heads and v has {state_heads}; expected q's to be a multiple of v's.")
     expect("v", v, (batch, time, state_heads, values))
     for name, tensor in (("k", k), ("a", a), ("b", b)):
@@ -152,7 +152,7 @@ def delta_rule(
         expect("initial_state", initial_state, (batch, state_heads, keys, values))
     check_steps(seq_ids, mask, batch, time)
     call = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g}
-    call |= {"scale": keys**-0.5 if scale is None else scale}
+    call |= {"scale": max(keys, 1) ** -0.5 if scale is None else scale}
     call |= {"initial_state": initial_state, "seq_ids": seq_ids, "mask": mask}
     return dispatch("delta_rule", call, backend)
 
@@ -174,9 +174,12 @@ def delta_rule_step(
     Args:
         q: (B, H, K). k, a, b: (B, Hk, K). v: (B, Hk, V). g: (B, Hk, K), (B, Hk, 1) or None.
     """
+    expect_axes("state", state, 4, "(batch, heads, K, V)")
     batch, heads, keys, values = state.shape
     if not (
-        q.shape[-1] == keys
+        q.ndim == 3
+        and 0 not in (heads, q.shape[1])
+        and q.shape[::2] == (batch, keys)
         and q.shape[1] % heads == 0
         and k.shape == a.shape == b.shape == (batch, heads, keys)
         and v.shape == (batch, heads, values)
@@ -185,6 +188,6 @@ def delta_rule_step(
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in zip("qkvab", (q, k, v, a, b), strict=True))
         raise ShapeError(f"{shapes} and g do not fit the state {tuple(state.shape)} (batch, heads, K, V).")
     call = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g, "state": state}
-    call["scale"] = keys**-0.5 if scale is None else scale
+    call["scale"] = max(keys, 1) ** -0.5 if scale is None else scale
     alike = (q.dtype, k.dtype, v.dtype, a.dtype, b.dtype, state.dtype, state.device, state.is_contiguous())
     return dispatch_alike("delta_rule_step", call, alike, backend)

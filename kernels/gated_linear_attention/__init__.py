@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import gpu, native
-from ..checks import check_steps, expect
+from ..checks import check_steps, expect, expect_axes
 from ..dispatch import dispatch, dispatch_alike, register
 from ..errors import RnnzooError, ShapeError
 from .state import Window, WindowState, ring_positions, ring_slots, state_dtype
@@ -208,10 +208,12 @@ def gated_linear_attention_step(
         q: (B, H, K). k: (B, Hk, K). v: (B, Hk, V). g: (B, Hk, K), (B, Hk, 1), (Hk,) or None. bonus: (H, K).
         state: (B, Hk, K, V), (B, Hk, K, V+1) with `normalize`; float32 (float64 for float64 inputs).
     """
+    expect_axes("state", state, 4, "(batch, heads, K, V or V + 1)")
     batch, heads, keys, columns = state.shape
     if not (
-        q.shape[-1] == keys
-        and q.shape[0] == batch
+        q.ndim == 3
+        and 0 not in (heads, q.shape[1])
+        and q.shape[::2] == (batch, keys)
         and q.shape[1] % heads == 0
         and k.shape == (batch, heads, keys)
         and v.shape == (batch, heads, columns - normalize)
@@ -240,7 +242,7 @@ def _check(q, k, v, g, bonus, normalize, window, initial_state, seq_ids, mask) -
     kv_heads, value_width = v.shape[2:]
     if time == 0:
         raise ShapeError(f"q has shape {tuple(q.shape)}; expected at least one time step.")
-    if kv_heads == 0 or heads % kv_heads:
+    if 0 in (heads, kv_heads) or heads % kv_heads:
         raise ShapeError(f"q has {heads} heads and v has {kv_heads}; expected q's to be a multiple of v's.")
     expect("k", k, (batch, time, kv_heads, width))
     expect("v", v, (batch, time, kv_heads, value_width))
@@ -266,6 +268,9 @@ def _check_window(q: Tensor, v: Tensor, window: Window, state: Tensor | WindowSt
     batch, time, heads, width = q.shape
     kv_heads, value_width = v.shape[2:]
     key_width = window.q.shape[-1]
+    if key_width == 0 or value_width == 0:
+        widths = f"window.q has shape {tuple(window.q.shape)} and v {tuple(v.shape)}"
+        raise ShapeError(f"{widths}; a window expects heads of at least one number.")
     lengths = tuple(window.lengths)
     if len(lengths) != kv_heads or any(length < 1 for length in lengths):
         raise ShapeError(

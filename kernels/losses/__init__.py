@@ -291,8 +291,9 @@ def _cast(hidden: Tensor) -> Tensor:
 def _check_head(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:
     if hidden.ndim != 2:
         raise ShapeError(f"{hidden_name} has shape {tuple(hidden.shape)}; expected (tokens, width).")
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
-        raise ShapeError(f"{weight_name} has shape {tuple(weight.shape)}; expected (vocabulary, {hidden.shape[1]}).")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or len(weight) == 0:
+        expected = f"(vocabulary, {hidden.shape[1]}), of at least one word"
+        raise ShapeError(f"{weight_name} has shape {tuple(weight.shape)}; expected {expected}.")
 
 
 def _check_options(chunk_size: int, reduction: str) -> None:

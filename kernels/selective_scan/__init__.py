@@ -164,7 +164,13 @@ def selective_scan_step(
     Returns:
         y: (B, D) in x's dtype.
     """
-    if state.shape != (*x.shape, a.shape[1]) or b.shape != c.shape or dt.shape != x.shape:
+    if not (
+        state.ndim == 3
+        and x.shape == dt.shape == state.shape[:2]
+        and a.shape == state.shape[1:]
+        and b.shape == c.shape == state.shape[::2]
+        and (d is None or d.shape == x.shape[1:])
+    ):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, dt, a, b, c, state))
         raise ShapeError(
             f"x, dt, a, b, c, state have shapes {shapes}; expected (B, D), (B, D), (D, N), (B, N), (B, N), (B, D, N)."

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import gpu, native
+from ..checks import expect_axes
 from ..dispatch import dispatch, dispatch_alike, register
 from ..errors import RnnzooError, ShapeError
 
@@ -167,6 +168,7 @@ def short_conv_step(
     Raises:
         ShapeError: where the shapes do not fit together.
     """
+    expect_axes("weight", weight, 2, "(channels, taps)")
     channels, taps = weight.shape
     if state.shape != (*x.shape, taps - 1) or x.shape[-1] != channels:
         shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and state {tuple(state.shape)}"

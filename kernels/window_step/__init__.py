@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..checks import expect
+from ..checks import expect_all, expect_axes
 from ..dispatch import dispatch, register
+from ..errors import ShapeError
 from .state import State
 
 __all__ = ["State", "leaving_keys", "window_step"]
@@ -112,13 +113,33 @@ def window_step(
     Raises:
         ShapeError: names the argument, its shape and the expected one.
     """
-    batch, kv_heads, width = state.s.shape[:3]
-    expect("near", near, (batch, near.shape[1], k.shape[-1]))
-    expect("k", k, (batch, kv_heads, k.shape[-1]))
-    expect("v", v, (batch, kv_heads, state.s.shape[-1] - 1))
-    expect("q", q, (batch, near.shape[1], width))
-    if width and leaving is not None:
-        expect("leaving", leaving, (batch, kv_heads, width))
+    expect_axes("state.s", state.s, 4, "(batch, k heads, features, V + 1)")
+    expect_axes("near", near, 3, "(batch, heads, D)")
+    batch, kv_heads, width, columns = state.s.shape
+    heads, keys, values = near.shape[1], near.shape[2], columns - 1
+    if kv_heads != len(lengths) or kv_heads == 0 or heads % kv_heads or 0 in (keys, values):
+        raise ShapeError(
+            f"state.s has shape {tuple(state.s.shape)} and near {tuple(near.shape)} with {len(lengths)} lengths; "
+            "expected a length for each k head, of which near has a multiple, and heads of at least one number."
+        )
+    shapes = {
+        "near": (near, (batch, heads, keys)),
+        "far": (far, (batch, heads, keys)),
+        "k": (k, (batch, kv_heads, keys)),
+        "v": (v, (batch, kv_heads, values)),
+        "q": (q, (batch, heads, width)),
+        "leaving": (leaving if width else None, (batch, kv_heads, width)),
+        "g": (g, (kv_heads,)),
+        "factor": (factor, (heads,)),
+    }
+    rows = sum(lengths)
+    shapes |= {
+        "state.ring_k": (state.ring_k, (batch, rows, keys)),
+        "state.ring_v": (state.ring_v, (batch, rows, values)),
+    }
+    for name, tensor, columns in (("sink_k", state.sink_k, keys), ("sink_v", state.sink_v, values)):
+        shapes[f"state.{name}"] = (tensor, (batch, kv_heads, sinks, columns))
+    expect_all(shapes | {"state.count": (state.count, (batch,))})
     call = {
         "q": q,
         "near": near,
@@ -146,6 +167,10 @@ def leaving_keys(
         lengths: of the window of each head. dtype: of the result; None: the ring's own (float32 where it is packed).
     """
     ring = state.ring_k
+    if not lengths:
+        raise ShapeError("lengths is (); expected the length of the window of each k head.")
+    batch, *_, width = ring.shape
+    expect_all({"state.ring_k": (ring, (batch, sum(lengths), width)), "state.count": (state.count, (batch,))})
     if dtype is None:
         dtype = ring.dtype if isinstance(ring, Tensor) else torch.float32
     return dispatch("leaving_keys", {"state": state, "lengths": lengths, "dtype": dtype}, backend)

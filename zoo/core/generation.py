@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.generation import GenerationMixin
 
-from ...kernels.errors import RnnzooError
+from ...kernels.errors import RnnzooError, ShapeError
 from .cache import CACHE_NAME, RecurrentCache
 from .decoding import replaying
 
@@ -43,8 +43,12 @@ class RecurrentGenerationMixin(GenerationMixin):
             inputs["prefix_mask"] = nn.functional.pad(columns, (0, given.shape[1] - columns.shape[1]))
         return inputs
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs: dict, mode, batch_size: int, *args
+    ) -> None:
         """generate() would make a cache by the class's name; ours is always a RecurrentCache under one name."""
+        if batch_size == 0:
+            raise ShapeError("generate was given no prompt (a batch of 0 rows); expected at least one.")
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise RnnzooError(
                 f"cache_implementation='{generation_config.cache_implementation}' does not apply: recurrent models "

@@ -214,6 +214,8 @@ class RecurrentModel(RecurrentPreTrainedModel):
             raise RnnzooError("Give either input_ids or inputs_embeds.")
         hidden = self.enter(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         shape, device = (hidden.shape[0], hidden.shape[1]), hidden.device
+        if shape[1] == 0:
+            raise ShapeError(f"The call has shape {shape} (batch, time); expected at least one token.")
         mask = padding_mask(attention_mask, *shape)
         ids = seq_ids if seq_ids is not None else seq_idx
         named = ids is not None

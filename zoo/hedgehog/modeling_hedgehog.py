@@ -107,7 +107,7 @@ class HedgehogMixer(FeatureMaps):
     def _window(self, q: Tensor, k: Tensor, dtype: torch.dtype, ctx: Context) -> Window:
         """The exact part, of heads before rotation."""
         # In place always: a replay decides nothing.
-        far = ctx.in_place or bool(ctx.positions.max() >= self.config.sink_distance)
+        far = ctx.in_place or bool((ctx.positions >= self.config.sink_distance).any())
         return Window(
             q=ctx.rotary.rotate(q, ctx.positions),
             k=ctx.rotary.rotate(k, ctx.positions).to(dtype),

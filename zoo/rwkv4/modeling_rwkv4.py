@@ -104,12 +104,14 @@ class RWKV4Mixer(Mixer):
         k = self.key(mix(hidden, before, self.mix_k, True))
         v = self.value(mix(hidden, before, self.mix_v, True))
         r = torch.sigmoid(self.receptance(mix(hidden, before, self.mix_r, True)))
-        heads = (*k.shape[:2], self.perspectives, -1)
+        heads = (self.perspectives, -1)
         wide = torch.promote_types(k.dtype, torch.float32)
-        decay = -self.decay.to(wide).exp().expand(self.perspectives, -1)
-        bonus = self.bonus.to(wide).expand(self.perspectives, -1)
+        decay = -self.decay.to(wide).exp().expand(heads)
+        bonus = self.bonus.to(wide).expand(heads)
         average = None if state is None else SoftmaxState(state.maximum, state.numerator, state.denominator)
-        o, average = softmax_average(k.view(heads), v.view(heads), average, ctx, decay=decay, bonus=bonus)
+        o, average = softmax_average(
+            k.unflatten(-1, heads), v.unflatten(-1, heads), average, ctx, decay=decay, bonus=bonus
+        )
         return self.output(r * o.view_as(r)), None if state is None else RWKV4State(last, *average)
 
 
