@@ -64,6 +64,11 @@ class PackedTokens(Dataset):
         part = slice(first, first + count) if whole else torch.arange(first, first + count) % len(self)
         return PackedTokens(self.input_ids[part], self.seq_ids[part], self.source, self.hashes)
 
+    def repeated(self) -> PackedTokens:
+        """As many rows, each the first half of one of these, twice, as one document."""
+        ids = torch.cat([self.input_ids[:, : self.seq_len // 2]] * 2, 1)
+        return PackedTokens(ids, torch.zeros_like(ids), self.source, self.hashes)
+
     @property
     def seq_len(self) -> int:
         return self.input_ids.shape[1]

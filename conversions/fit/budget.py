@@ -13,6 +13,7 @@ from ...zoo.core.configuration import RecurrentConfig
 from ...zoo.core.registry import ATTENTION_TYPES, mixer_class
 from ...zoo.core.sizes import layer_state_bytes, state_bytes
 from .allocation import Allocation, Costs, allocate
+from .scored_errors import measure_scored
 from .state_errors import Measured, Progress, measure_states
 
 if TYPE_CHECKING:
@@ -90,7 +91,11 @@ class StateBudget:
         """
         mixer = mixer_class(types[_converted(types)[0]])
         widths = [*self.widths, *(fixed_widths or {}).values()]
-        measured = measure_states(teacher_model, data, self.make_config(types).num_sinks, seed, widths, mixer, progress)
+        config = self.make_config(types)
+        if mixer.keeps_by_score:
+            measured = measure_scored(teacher_model, data, config, mixer, seed, progress)
+        else:
+            measured = measure_states(teacher_model, data, config.num_sinks, seed, widths, mixer, progress)
         return self.divide(types, measured, fixed_widths, trained)
 
     def divide(

@@ -36,8 +36,10 @@ __all__ = [
     "divided",
     "fewer_rows",
     "linear_sums",
+    "mean_gradient",
     "measure_states",
     "residual",
+    "residual_errors",
     "with_ones",
 ]
 
@@ -122,13 +124,17 @@ def residual(layer: Observed, head: int, output: Tensor) -> Tensor:
     return torch.einsum("hnd,ohd->no", output, o_weight)
 
 
-def _residual_errors(layer: Observed, head: int, differences: Tensor) -> Tensor:
-    """(...,) weighted mean squares of what differences (..., groups, n, d) of one kv head's outputs leave."""
+def mean_gradient(layer: Observed) -> Tensor:
+    """What an error at the layer's output weighs: the sum over channels of the mean squared gradient."""
+    return (layer.gradient**2).mean() * layer.gradient.shape[-1]
+
+
+def residual_errors(layer: Observed, head: int, differences: Tensor) -> Tensor:
+    """(...,) mean squares of what differences (..., groups, n, d) of one kv head's outputs leave."""
     groups, rows, width = differences.shape[-3:]
     o_weight = layer.output_weight.unflatten(1, (-1, width))[:, head * groups : (head + 1) * groups].flatten(1)
     x = differences.transpose(-3, -2).flatten(-2)
-    squares = ((x @ (o_weight.T @ o_weight)) * x).sum((-2, -1)) / rows
-    return squares * (layer.gradient**2).mean() * layer.gradient.shape[-1]
+    return ((x @ (o_weight.T @ o_weight)) * x).sum((-2, -1)) / rows
 
 
 def with_ones(layer: Observed, head: int) -> Tensor:
@@ -141,7 +147,7 @@ def _window_errors(layer: Observed, windows: Sequence[int], sinks: int, seed: in
     """(Hk, windows) of one layer and sequence."""
     time, kv_heads, _ = layer.k.shape
     rows = sample_rows(time, seed)
-    result = torch.zeros(kv_heads, len(windows))
+    result, gradient = torch.zeros(kv_heads, len(windows)), mean_gradient(layer)
     for head in range(kv_heads):
         scores, distance = attention_scores(layer, rows, head)
         weights, values = (scores - scores.amax(-1, keepdim=True)).exp(), with_ones(layer, head)
@@ -151,7 +157,7 @@ def _window_errors(layer: Observed, windows: Sequence[int], sinks: int, seed: in
         for near, far in zip((0, *windows), windows, strict=False):
             cut = cut + _band_sums(weights, values, rows, distance, near, far)
             outputs.append(divided(cut) - full)
-        result[head] = _residual_errors(layer, head, torch.stack(outputs))
+        result[head] = residual_errors(layer, head, torch.stack(outputs)) * gradient
     return result
 
 
@@ -216,7 +222,7 @@ def _linear_errors(layer: Observed, mixers: list[Mixer], sinks: int, seed: int) 
             for j in range(len(widths)):
                 mixer = mixers[j * len(windows) + i]
                 outputs.append(exact + linear_sums(mixer, layer, rows, head, delay, largest, values))
-            errors = _residual_errors(layer, head, divided(torch.stack(outputs)) - full)
+            errors = residual_errors(layer, head, divided(torch.stack(outputs)) - full) * mean_gradient(layer)
             result[head, :, i, 0], result[head, :, i, 1] = errors[1:], errors[0]
     return result
 

@@ -24,6 +24,7 @@ from .state_errors import (
     divided,
     fewer_rows,
     linear_sums,
+    mean_gradient,
     residual,
     with_ones,
 )
@@ -69,7 +70,7 @@ def _errors(layer: Observed, mixer: Mixer, ctx: Context, windows: Sequence[int],
     student_heads = _as_seen(layer, mixer, ctx)
     time, kv_heads, _ = student_heads.k.shape
     rows = fewer_rows(time, seed)
-    weight = (layer.gradient**2).mean() * layer.gradient.shape[-1]
+    weight = mean_gradient(layer)
     result = torch.zeros(kv_heads, len(windows))
     for head in range(kv_heads):
         scores, distance = attention_scores(layer, rows, head)

@@ -19,6 +19,7 @@ from ..data import PackedTokens
 from ..evaluation.scoring import token_log_probs
 from ..fit.closed_form import ClosedForm, Stream, fit_layer
 from ..fit.observe import sample_rows, token_weights
+from ..fit.scores import ScoreFit
 from ..layers import Layers, open_layers
 from ..precision import mixed_precision
 from ..recipes import Recipe
@@ -28,8 +29,8 @@ from .base import Cost, Stage
 
 __all__ = ["Calibrate", "fit_layers", "loss_behind"]
 
-PARTS = ("windows", "features", "decay", "values", "scale", "output")
-WINDOW_PARTS = ("windows", "features")
+PARTS = ("windows", "features", "scores", "decay", "values", "scale", "output")
+WINDOW_PARTS = ("windows", "features", "scores")
 
 
 @dataclass
@@ -41,9 +42,10 @@ class Calibrate(Stage):
             layers, so that only the windows are chosen.
         budget_context: tokens at which the budget pays for a layer of full attention, which then is a candidate too; 0:
             layers are kept only where `keep` says so, outside of the budget.
-        parts: of PARTS, which run in that order; none: those that the student has (`chosen`). Windows and features are
-            for mixers with windows among which a budget can be divided, which need nothing else (on SmolLM2-135M, 8,000
-            tokens, a refit of the output raises their perplexity from 39 to 54); the others are for all, see
+        parts: of PARTS, which run in that order; none: those that the student has (`chosen`). Windows, features and
+            scores are for mixers with windows among which a budget can be divided, which need nothing else (on
+            SmolLM2-135M, 8,000 tokens, a refit of the output raises their perplexity from 39 to 54), and scores for
+            those that choose by them what they keep (`fit/scores.py`); the others are for all, see
             `fit/closed_form.py`. "values" has to be asked for, and passes over layers that are not linear in their
             values.
         ridge: how strongly the output is drawn to the weight that it replaces; 0: chosen for each layer by its error on
@@ -66,7 +68,9 @@ class Calibrate(Stage):
 
     def chosen(self, recipe: Recipe) -> list[str]:
         """The parts of a recipe's stage, in their order."""
-        usual = WINDOW_PARTS if mixer_class(recipe.student).divides_budget else ("decay", "scale", "output")
+        mixer, usual = mixer_class(recipe.student), ("decay", "scale", "output")
+        if mixer.divides_budget:
+            usual = ("windows", "scores" if mixer.keeps_by_score else "features")
         chosen = [part for part in PARTS if part in (self.parts or usual)]
         return chosen if recipe.state_budget is not None or self.parts else [p for p in chosen if p != "windows"]
 
@@ -85,6 +89,10 @@ class Calibrate(Stage):
         if wrong := [part for part in self.parts if part in WINDOW_PARTS and not mixer.divides_budget]:
             raise RnnzooError(
                 f"the part {wrong[0]} is for layers with windows of chosen lengths; '{recipe.student}' has none."
+            )
+        if "scores" in self.parts and not mixer.keeps_by_score:
+            raise RnnzooError(
+                f"the part scores is for layers that keep tokens by a score; '{recipe.student}' has none."
             )
         if "windows" in self.parts and recipe.state_budget is None:
             raise RnnzooError("the part windows divides a budget; give the recipe a state_budget.")
@@ -159,6 +167,7 @@ class Calibrate(Stage):
             how,
             judge=judge,
             features=context.seed if "features" in parts else None,
+            scores="scores" in parts,
             only=stage_run.fresh,
             weights=gradient_weights(context, fitted, stage_run)
             if how.parts and self.weighting == "gradient"
@@ -214,6 +223,7 @@ def fit_layers(
     *,
     judge: PackedTokens | None = None,
     features: int | None = None,
+    scores: bool = False,
     only: Container[int] | None = None,
     weights: torch.Tensor | None = None,
     bf16: bool = False,
@@ -224,6 +234,7 @@ def fit_layers(
     Args:
         data: rows of text. judge: rows on which the student's loss is measured.
         features: a seed, where features are fitted too, to the first row as one document.
+        scores: whether scores are fitted too, to the rows as one document each, and to repetitions of their halves.
         only: layers to fit; None: all that are converted.
         weights: (layers, N, T), of the tokens in each layer's least squares; None: all alike.
         bf16: run the layers in bfloat16 where autocast does; sums are float64 in any case.
@@ -234,8 +245,9 @@ def fit_layers(
         RnnzooError: a layer's outputs are not finite.
     """
     fitted, judging = ([rows[i] for i in range(len(rows))] if rows and how.parts else [] for rows in (data, judge))
-    first = data[0]
-    whole = [] if features is None else [first | {"seq_ids": torch.zeros_like(first["seq_ids"])}]
+    whole = [data[i] for i in range(len(data) if scores else 1)] if scores or features is not None else []
+    whole = [row | {"seq_ids": torch.zeros_like(row["seq_ids"])} for row in whole]
+    whole += [rows[i] for rows in ([data.repeated()] if scores else []) for i in range(len(rows))]
     streams = layers.streams(
         {
             "teacher": (True, fitted),
@@ -249,14 +261,19 @@ def fit_layers(
         chosen = layers.converted(number) and (only is None or number in only)
         found = None
         with layers.pair(number) as (teacher_block, student_block):
-            for stream in streams["whole"]:
-                if chosen and features is not None:
-                    q, k, _ = (
-                        x[0].float()
-                        for x in teacher_block.mixer.proj.split(teacher_block.input_layernorm(stream.hidden))
-                    )
-                    student_block.mixer.fit_features(q, k, stream.ctx, sample_rows(len(q), features), features)
+            fit = ScoreFit()
+            for row, stream in enumerate(streams["whole"]):
+                hidden = teacher_block.input_layernorm(stream.hidden)
+                q, k, _ = teacher_block.mixer.proj.split(hidden) if chosen else (None, None, None)
+                if chosen and features is not None and row == 0:
+                    heads, rows = (q[0].float(), k[0].float()), sample_rows(q.shape[1], features)
+                    student_block.mixer.fit_features(*heads, stream.ctx, rows, features)
+                if chosen and scores:
+                    turned = (stream.ctx.rotary.rotate(x, stream.ctx.positions)[0] for x in (q, k))
+                    fit.add(hidden[0], *turned)
                 stream.advance(teacher_block)
+            if (weight := fit.solve()) is not None:
+                student_block.mixer.set_scores(weight)
             if chosen and judging:
                 layers.set_aside(number, student_block)
             with mixed_precision(layers.device, bf16):

@@ -7,97 +7,14 @@
  *     token n is kept in row n % length of its head's ring; when the next one takes its place it goes into the state
  *     s <- e^g s + features (x) [value, 1], unless it is one of the first S tokens, which the sinks keep.
  */
-#include "vec.h"
+#include "rows.h"
 
-enum { FLOAT32 = 0, BFLOAT16 = 1, EIGHT_BITS = 2, FOUR_BITS = 3 };
-enum { PART = 128, LARGEST_GROUP = 64 };
 #define LOWEST_SHIFT -60.0f /* as in gated_linear_attention/state.py */
-
-typedef int8_t vb_any __attribute__((vector_size(16), aligned(1), may_alias));
-typedef uint8_t vub_any __attribute__((vector_size(16), aligned(1), may_alias));
-
-/* Rows of `width` numbers. Packed ones: codes, and one exponent for each block of 32 (of the width, if 32 does not divide
- * it); with 4 bits the first half of the row is in the low bits. See kernels/block_floating_point.py. */
-typedef struct {
-    void *data;
-    int8_t *exponents;
-    i64 width, block, kind;
-} Rows;
-
-static Rows rows_of(void *data, int8_t *exponents, i64 width, i64 kind) {
-    return (Rows){data, exponents, width, width % 32 ? width : 32, kind};
-}
-
-INLINE float power_of_two(int exponent) {
-    int32_t bits = MAX(exponent + 127, 1) << 23;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-
-static void read_row(const Rows *rows, i64 at, float *to) {
-    i64 n = rows->width;
-    if (rows->kind <= BFLOAT16) {
-        load_row(to, rows->data, at * n, n, (int)rows->kind);
-        return;
-    }
-    const int8_t *exponents = rows->exponents + at * (n / rows->block);
-    if (rows->kind == EIGHT_BITS) {
-        const int8_t *codes = (const int8_t *)rows->data + at * n;
-        i64 i = 0;
-        for (; i + LANES <= n && n % 32 == 0; i += LANES)
-            storev(to + i, __builtin_convertvector(*(const vb_any *)(codes + i), vf) * power_of_two(exponents[i / 32]));
-        for (; i < n; i++) to[i] = (float)codes[i] * power_of_two(exponents[i / rows->block]);
-    } else {
-        const uint8_t *codes = (const uint8_t *)rows->data + at * (n / 2);
-        i64 half = n / 2, i = 0;
-        for (; i + LANES <= half && half % 32 == 0; i += LANES) {
-            vi both = (vi)__builtin_convertvector(*(const vub_any *)(codes + i), vu);
-            storev(to + i, __builtin_convertvector((both << 28) >> 28, vf) * power_of_two(exponents[i / 32]));
-            vf high = __builtin_convertvector((both << 24) >> 28, vf);
-            storev(to + half + i, high * power_of_two(exponents[(half + i) / 32]));
-        }
-        for (; i < half; i++) {
-            to[i] = (float)((int8_t)(codes[i] << 4) >> 4) * power_of_two(exponents[i / rows->block]);
-            to[half + i] = (float)((int8_t)codes[i] >> 4) * power_of_two(exponents[(half + i) / rows->block]);
-        }
-    }
-    for (i64 i = n; i % LANES; i++) to[i] = 0;
-}
-
-/* `from` rounded to what the row can hold; the same numbers as `pack` in kernels/block_floating_point.py. */
-static void write_row(const Rows *rows, i64 at, const float *from) {
-    i64 n = rows->width;
-    if (rows->kind <= BFLOAT16) {
-        store_row(rows->data, at * n, from, n, (int)rows->kind);
-        return;
-    }
-    int top = rows->kind == EIGHT_BITS ? 127 : 7;
-    int codes[n];
-    for (i64 first = 0; first < n; first += rows->block) {
-        float largest = 0;
-        for (i64 i = first; i < first + rows->block; i++) largest = MAX(largest, fabsf(from[i]));
-        int exponent;
-        float mantissa = frexpf(largest / (float)top, &exponent);
-        exponent -= mantissa == 0.5f;
-        exponent = MIN(MAX(exponent, -126), 120);
-        for (i64 i = first; i < first + rows->block; i++) {
-            float code = rintf(from[i] * power_of_two(-exponent));
-            codes[i] = (int)MIN(MAX(code, (float)-top), (float)top);
-        }
-        rows->exponents[at * (n / rows->block) + first / rows->block] = (int8_t)exponent;
-    }
-    if (rows->kind == EIGHT_BITS)
-        for (i64 i = 0; i < n; i++) ((int8_t *)rows->data)[at * n + i] = (int8_t)codes[i];
-    else
-        for (i64 i = 0; i < n / 2; i++)
-            ((uint8_t *)rows->data)[at * (n / 2) + i] = (uint8_t)((codes[i] & 15) | ((codes[n / 2 + i] & 15) << 4));
-}
 
 typedef struct {
     i64 batch, heads, kv_heads, group, key_width, value_width, keys, values; /* the last two padded */
     i64 features, sinks, rows, absolute;
-    float score_scale, scale;
+    float scale;
     const float *q, *near, *far, *new_k, *new_v, *leaving, *log_decay, *factor;
     float *s;
     Rows ring_k, ring_v, sink_k, sink_v;
@@ -130,52 +47,6 @@ static void take_in(const Step *x, i64 b, i64 h, i64 offset, i64 count, float *k
         i64 sink = (b * x->kv_heads + h) * x->sinks + count;
         write_row(&x->sink_k, sink, key);
         write_row(&x->sink_v, sink, value);
-    }
-}
-
-/* Adds rows [first, first + n) of a ring (or the sinks) to a part: its queries' largest scores, then sums of weights and
- * weighted values relative to it. `inside` says which rows count. sums: G x (values + LANES), the weight's sum at the end. */
-static void sum_part(const Step *x, const float *query, const Rows *k, const Rows *v, i64 first, i64 n,
-                     const uint8_t *inside, float *largest, float *sums, float *room) {
-    i64 keys = x->keys, values = x->values, group = x->group;
-    float *scores = room, *tile = scores + group * PART; /* tile: 16 rows of keys or values */
-    i64 padded = PADDED(n);
-    for (i64 r = 0; r < padded; r += LANES) {
-        for (i64 i = 0; i < LANES; i++)
-            if (r + i < n && inside[r + i]) read_row(k, first + r + i, tile + i * keys);
-            else memset(tile + i * keys, 0, (size_t)keys * 4);
-        for (i64 g = 0; g < group; g++) {
-            vf products[LANES];
-            for (i64 i = 0; i < LANES; i++) {
-                vf sum = splat(0);
-                for (i64 d = 0; d < keys; d += LANES) sum += loadv(tile + i * keys + d) * loadv(query + g * keys + d);
-                products[i] = sum;
-            }
-            storev(scores + g * PART + r, sum_rows(products) * x->score_scale);
-        }
-    }
-    for (i64 g = 0; g < group; g++) {
-        float most = -INFINITY, *own = scores + g * PART;
-        for (i64 r = 0; r < padded; r++) {
-            if (r >= n || !inside[r]) own[r] = -INFINITY;
-            most = MAX(most, own[r]);
-        }
-        largest[g] = most;
-        float shift = most == -INFINITY ? 0 : most;
-        for (i64 r = 0; r < padded; r += LANES) storev(own + r, expv(loadv(own + r) - shift));
-        memset(sums + g * (values + LANES), 0, (size_t)(values + LANES) * 4);
-        float total = 0;
-        for (i64 r = 0; r < n; r++) total += own[r];
-        sums[g * (values + LANES) + values] = total;
-    }
-    for (i64 r = 0; r < n; r++) {
-        if (!inside[r]) continue;
-        read_row(v, first + r, tile);
-        for (i64 g = 0; g < group; g++) {
-            vf weight = splat(scores[g * PART + r]);
-            float *sum = sums + g * (values + LANES);
-            for (i64 i = 0; i < values; i += LANES) storev(sum + i, loadv(sum + i) + weight * loadv(tile + i));
-        }
     }
 }
 
@@ -219,7 +90,7 @@ void window_step(const float *q, const float *near, const float *far, const floa
         parts += 1 + (lengths[h] + PART - 1) / PART; /* the first one is the sinks */
     }
     Step x = {batch, heads, kv_heads, group, key_width, value_width, PADDED(key_width), PADDED(value_width),
-              features, sinks, rows, absolute, score_scale, scale, q, near, far, new_k, new_v, leaving, log_decay,
+              features, sinks, rows, absolute, scale, q, near, far, new_k, new_v, leaving, log_decay,
               factor, s, rows_of(ring_k, ring_k_exponents, key_width, k_kind),
               rows_of(ring_v, ring_v_exponents, value_width, v_kind),
               rows_of(sink_k, sink_k_exponents, key_width, k_kind),
@@ -250,7 +121,8 @@ void window_step(const float *q, const float *near, const float *far, const floa
             float *most = largest + task * group, *own = sums + task * group * stride;
             if (number < 0) {
                 for (i64 i = 0; i < MIN(sinks, PART); i++) inside[i] = i <= count[b];
-                sum_part(&x, queries, &x.sink_k, &x.sink_v, (b * kv_heads + h) * sinks, sinks, inside, most, own, room);
+                i64 at = (b * kv_heads + h) * sinks;
+                sum_part(group, score_scale, queries, &x.sink_k, &x.sink_v, at, sinks, inside, most, own, room);
             } else {
                 i64 first = number * PART, n = MIN(PART, lengths[h] - first);
                 for (i64 r = 0; r < n; r++) {
@@ -258,7 +130,7 @@ void window_step(const float *q, const float *near, const float *far, const floa
                     inside[r] = count[b] - (back < 0 ? back + lengths[h] : back) >= sinks;
                 }
                 i64 at = b * rows + first_row[h] + first;
-                sum_part(&x, queries, &x.ring_k, &x.ring_v, at, n, inside, most, own, room);
+                sum_part(group, score_scale, queries, &x.ring_k, &x.ring_v, at, n, inside, most, own, room);
             }
         }
 #pragma omp for schedule(static)

@@ -34,6 +34,7 @@ TINY |= {
     "mamba": {"mamba_state_size": 3, "ssm_conv_kernel": 3, "intermediate_size": 0},
 }
 TINY["tova"] = {"tova_states": 4}
+TINY["salient"] = {"window_sizes": None, "window_size": 5, "recent_share": 0.4, "num_sinks": 1}
 TINY["liger"] = {"liger_window": 3, "liger_gate_divisor": 2.0}
 TINY["s4d"] = {"s4_state_size": 6, "s4d_init": "legs"}
 TINY["s4"] = {"s4_state_size": 6}
@@ -42,6 +43,7 @@ TINY["lssl"] = {"s4_state_size": 5, "lssl_outputs": 2}
 TINY["hedgehog:rings"] = TINY["hedgehog"] | {"ring_bits": [8, 4]}
 # Features in one layer, windows alone in the other:
 TINY["hedgehog:widths"] = TINY["hedgehog"] | {"feature_widths": [0, 4], "ring_bits": [8, 4]}
+TINY["salient:rings"] = TINY["salient"] | {"ring_bits": [8, 4]}
 # As a student of attention, with norms of either kind:
 TINY["mamba:groups"] = {"mamba_inner_size": 32, "mamba_state_size": 8, "mamba_groups": 4, "mamba_kv_groups": 2}
 TINY["mamba:groups"] |= {"attention_bias": True, "qk_norm": True, "mamba_norm_eps": 1e-6}
@@ -69,7 +71,11 @@ def tiny_config(stack: tuple[str, ...], heads: int = 4, kv_heads: int = 2, **ove
 def tiny_model(stack: tuple[str, ...], dtype: torch.dtype = torch.float64, seed: int = 0, **overrides):
     """A random causal language model, in eval mode."""
     torch.manual_seed(seed)
-    return RecurrentForCausalLM(tiny_config(stack, **overrides)).to(dtype).eval()
+    model = RecurrentForCausalLM(tiny_config(stack, **overrides)).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("score_proj.weight"):  # zero at first: all tokens alike
+            torch.nn.init.normal_(parameter)
+    return model
 
 
 @pytest.fixture(params=STACKS, ids=lambda stack: "+".join(dict.fromkeys(stack)))

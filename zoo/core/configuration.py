@@ -175,6 +175,27 @@ def _resolve_types(cls: type) -> None:
 _resolve_types(RecurrentConfig)
 
 
+def check_exact_tokens(config: RecurrentConfig) -> None:
+    """Of layers that keep a number of tokens exactly: their `window_sizes` and `ring_bits`.
+
+    Raises:
+        ValueError: a number for every layer is missing, is below 1, or the bits are none that there are.
+    """
+    if (bits := config.ring_bits) is not None and (len(bits) != 2 or not set(bits) <= {4, 8} or config.head_dim % 2):
+        raise ValueError(
+            "ring_bits must be two numbers of 4 or 8, of keys and of values, and head_dim even; got "
+            f"ring_bits={bits}, head_dim={config.head_dim}."
+        )
+    check_of_every_layer(config, "window_sizes")
+
+
+def check_of_every_layer(config: RecurrentConfig, name: str) -> None:
+    """Raises a ValueError where a field that has an entry for every layer has another number of them."""
+    per_layer = getattr(config, name)
+    if per_layer is not None and len(per_layer) != config.num_hidden_layers:
+        raise ValueError(f"{name} has {len(per_layer)} entries, but num_hidden_layers is {config.num_hidden_layers}.")
+
+
 def _derived_heads(hidden_size: int, head_dim: int | None) -> int:
     """Head count for heads of `head_dim`, or of about 64 channels."""
     if head_dim is not None:

@@ -166,7 +166,9 @@ class Mixer(SelfInitialised):
         divides_budget: whether a state budget can be divided among its layers and heads. Then its configuration has
             `window_sizes`, for every layer those of its kv heads ([] in layers of other types), `num_sinks` and, if the
             width of a linear state can be chosen too (`fixed_widths_because`), `feature_widths`, one for every layer.
-        lengths: tokens in the exact window of every kv head, the current one included; () without such a window.
+        keeps_by_score: whether a score of each token decides what it keeps (`set_scores`, `recent_tokens`).
+        lengths: tokens that every kv head keeps exactly, the current one included, be they the last ones (a window) or
+            some of them chosen by a score; () without such tokens.
         sinks: first tokens of a document that stay exact. features: width of the linear state of a kv head.
     """
 
@@ -179,6 +181,7 @@ class Mixer(SelfInitialised):
     rotates: bool = False
     decay_parameters: tuple[str, ...] = ()
     divides_budget: bool = False
+    keeps_by_score: bool = False
     lengths: tuple[int, ...] = ()
     sinks: int = 0
     features: int = 0
@@ -315,6 +318,14 @@ class Mixer(SelfInitialised):
             yield
         finally:
             self.lengths = before
+
+    @classmethod
+    def recent_tokens(cls, config: RecurrentConfig, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        """How many of so many tokens of a kv head are the last ones, with `keeps_by_score`."""
+        return lengths
+
+    def set_scores(self, weight: Tensor) -> None:
+        """Scores tokens by weight (Hk, D) times the layer's input, with `keeps_by_score`; larger ones stay longer."""
 
     @classmethod
     def state_widths(cls, config: RecurrentConfig) -> list[int]:

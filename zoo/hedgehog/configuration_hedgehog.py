@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from huggingface_hub.dataclasses import strict
 
-from ..core.configuration import RecurrentConfig
+from ..core.configuration import RecurrentConfig, check_exact_tokens, check_of_every_layer
 
 
 @strict
@@ -59,16 +59,5 @@ class HedgehogConfig(RecurrentConfig):
             raise ValueError(f"window_factor must be positive, got {config.window_factor}.")
         if config.initial_log_decay > 0:
             raise ValueError(f"initial_log_decay must be 0 or less, got {config.initial_log_decay}.")
-        if config.ring_bits is not None and (
-            len(config.ring_bits) != 2 or not set(config.ring_bits) <= {4, 8} or config.head_dim % 2
-        ):
-            raise ValueError(
-                "ring_bits must be two numbers of 4 or 8, of keys and of values, and head_dim even; got "
-                f"ring_bits={config.ring_bits}, head_dim={config.head_dim}."
-            )
-        for name in ("window_sizes", "feature_widths"):
-            per_layer = getattr(config, name)
-            if per_layer is not None and len(per_layer) != config.num_hidden_layers:
-                raise ValueError(
-                    f"{name} has {len(per_layer)} entries, but num_hidden_layers is {config.num_hidden_layers}."
-                )
+        check_exact_tokens(config)
+        check_of_every_layer(config, "feature_widths")

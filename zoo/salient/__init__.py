@@ -1,0 +1,1 @@
+"""Salient: exact attention to a bounded number of tokens, the last ones and those that a score keeps."""
