@@ -39,7 +39,7 @@ def bounded_attention(
         count, read = int(initial_state.count[b]), []
         for t in range(q.shape[1]):
             if seq_ids is not None and t and bool(seq_ids[b, t] != seq_ids[b, t - 1]):
-                pools, count = [[None] * size for size in rows], 0
+                pools, count = [_empty(size) for size in rows], 0
             if mask is not None and not bool(mask[b, t]):
                 read.append(v[b, t].repeat_interleave(q.shape[2] // len(rows), 0))
                 continue
@@ -55,6 +55,10 @@ def bounded_attention(
 
 
 _Token = tuple[int, float, Tensor, Tensor]
+
+
+def _empty(size: int) -> list[_Token | None]:
+    return [None] * size
 
 
 def _row(pool: list[_Token | None], count: int, bounds: Bounds, head: int) -> int:

@@ -57,10 +57,10 @@ def test_more_tokens_leave_less_error_and_all_of_them_none(teacher):
 def test_the_scores_of_a_calibrated_student_are_those_of_its_teachers_layers(teacher):
     teacher_model, student = zoo_teacher(*teacher, torch.float32), None
     student = build_student(*teacher, configured(teacher), "salient", torch.float32, 0).eval()
-    assert all(not block.mixer.score_proj.weight.any() for block in student.model.layers)
+    assert all(not block.mixer.score_weight.any() for block in student.model.layers)
     layers = InMemoryLayers(teacher_model, student)
     fit_layers(layers, rows(), ClosedForm([]), scores=True)
-    weights = [block.mixer.score_proj.weight for block in student.model.layers]
+    weights = [block.mixer.score_weight for block in student.model.layers]
     assert all(weight.any() for weight in weights)
 
     with torch.no_grad():  # what it keeps is worth more to the teacher's own outputs than the last tokens are
@@ -94,7 +94,7 @@ def test_the_recipe_divides_its_budget_and_fits_its_scores(tmp_path):
     assert len({size for layer in sizes for size in layer}) > 1 and 8_000 < allocation["state_bytes"] <= 9_000
     model = SalientForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.window_sizes == sizes and state_bytes(model.config, torch.float32) == allocation["state_bytes"]
-    assert all(block.mixer.score_proj.weight.any() for block in model.model.layers)
+    assert all(block.mixer.score_weight.any() for block in model.model.layers)
 
 
 def test_scores_are_refused_where_nothing_is_kept_by_them(tmp_path):

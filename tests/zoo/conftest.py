@@ -72,9 +72,9 @@ def tiny_model(stack: tuple[str, ...], dtype: torch.dtype = torch.float64, seed:
     """A random causal language model, in eval mode."""
     torch.manual_seed(seed)
     model = RecurrentForCausalLM(tiny_config(stack, **overrides)).to(dtype).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("score_proj.weight"):  # zero at first: all tokens alike
-            torch.nn.init.normal_(parameter)
+    for name, scores in model.named_buffers():
+        if name.endswith("score_weight"):  # zero at first: all tokens alike
+            torch.nn.init.normal_(scores)
     return model
 
 

@@ -10,9 +10,9 @@ looked at is from KVzap (2601.07891), a set of fixed size whose members are evic
 written from TRIM-KV (Bui et al. 2025), which has gates that decay. A conversion fits W_s in closed form to the
 attention that the teacher pays to tokens after they left the window (`conversions/fit/scores.py`).
 
-With W_s = 0 the layer is a window. Keys keep the rotation of their positions; tokens that are `sink_distance` back are
-not seen any more, but sinks, as if from that far. With `ring_bits`, keys and values are rounded to 4 or 8 bits as soon
-as they are made, and kept so.
+With W_s = 0 the layer is a window; W_s is not trained, only fitted. Keys keep the rotation of their positions; tokens
+that are `sink_distance` back are not seen any more, but sinks, as if from that far. With `ring_bits`, keys and values
+are rounded to 4 or 8 bits as soon as they are made, and kept so.
 
 B batch, T time, D hidden_size, H query heads, Hk kv heads, d head_dim.
 """
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import initialization as init
 
 from ...kernels.block_floating_point import quantise
@@ -59,13 +59,15 @@ class SalientMixer(Mixer):
     def __init__(self, config: SalientConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.proj, kv_heads = AttentionProjections(config), config.num_key_value_heads
-        self.score_proj = nn.Linear(config.hidden_size, kv_heads, bias=False)
+        # No parameter: what is kept has no gradient, so training leaves it as it was fitted.
+        self.score_weight: Tensor
+        self.register_buffer("score_weight", torch.zeros(kv_heads, config.hidden_size))
         sizes = config.window_sizes[layer_idx] if config.window_sizes else [config.window_size] * kv_heads
         self.lengths, self.sinks = tuple(sizes), config.num_sinks
         self.recent_share, self.bits = config.recent_share, config.ring_bits
 
     def init_weights(self) -> None:
-        init.zeros_(self.score_proj.weight)  # equal scores: the oldest token goes
+        init.zeros_(self.score_weight)  # equal scores: the oldest token goes
 
     def init_from_attention(self, weights: AttentionWeights) -> None:
         self.proj.load(weights)
@@ -82,7 +84,7 @@ class SalientMixer(Mixer):
 
     @torch.no_grad()
     def set_scores(self, weight: Tensor) -> None:
-        self.score_proj.weight.copy_(weight)
+        self.score_weight.copy_(weight)
 
     @contextlib.contextmanager
     def only(self, branch: str) -> Iterator[None]:
@@ -120,7 +122,7 @@ class SalientMixer(Mixer):
             "q": ctx.rotary.rotate(q, ctx.positions),
             "k": k,
             "v": v,
-            "score": self.score_proj(hidden),
+            "score": F.linear(hidden, self.score_weight.to(hidden.dtype)),
             "bounds": self.bounds,
             "q_sink": ctx.rotary.rotate(q, ctx.positions.clamp(max=self.config.sink_distance)) if far else None,
         }
