@@ -91,6 +91,11 @@ class StageContext:
         return self.teacher.tokenizer()
 
     @functools.cached_property
+    def generation(self) -> dict[str, Any]:
+        """How the student is to generate: as the teacher does."""
+        return self.teacher.generation(self.tokenizer)
+
+    @functools.cached_property
     def corpus(self) -> Any:
         if self.data:
             return open_corpus(self.data, self.text_field, tokenizer=self.tokenizer)

@@ -45,7 +45,7 @@ from .layers import Group, Layers, Streams, StudentOnDisk
 from .mapped import MappedTeacher, block_of
 from .memory import return_freed_memory
 from .precision import mixed_precision
-from .run_folder import FINISHED, Run, write_json
+from .run_folder import FINISHED, GENERATION, Run, write_json
 from .student import layer_types, new_mixer, student_config, teacher_zoo_config
 
 __all__ = ["MappedLayers", "MappedStudent", "MappedStudents"]
@@ -126,7 +126,7 @@ class MappedStudent(StudentOnDisk):
         write_json(whole / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
         self.config.dtype = dtype
         self.config.save_pretrained(whole)
-        self.student_model.generation_config.save_pretrained(whole)
+        write_json(whole / GENERATION, self.context.generation)
         self.context.tokenizer.save_pretrained(whole)
         run.publish_folder(whole)
 

@@ -47,7 +47,7 @@ class WholeStudents:
 
     def publish(self, student: Any) -> None:
         """The finished model into OUT."""
-        self.run.publish(student.to(self.context.dtype), self.context.tokenizer)
+        self.run.publish(student.to(self.context.dtype), self.context.tokenizer, self.context.generation)
         self.run.finish(FINISHED, None, {})
 
 
@@ -112,6 +112,7 @@ class Pipeline:
         return self._by_main(stage_run.name, work)
 
     def _prepare(self) -> None:
+        _ = self.context.generation  # a damaged file is told now, not when the work is done
         for stage in self.context.recipe.stages:
             stage.prepare(self.context)
 

@@ -24,13 +24,14 @@ from typing import Any
 from ..kernels.errors import RnnzooError
 from ..kernels.files import replace_text
 
-__all__ = ["FINISHED", "RANKING", "Run", "alone_in", "holds_run", "join_run", "open_run", "write_json"]
+__all__ = ["FINISHED", "GENERATION", "RANKING", "Run", "alone_in", "holds_run", "join_run", "open_run", "write_json"]
 
 FINISHED = "finished"  # the last record of a run: the model is in OUT
 RANKING = "ranking.json"  # of the layers, where the recipe keeps the best
 FOLDER = ".rnnzoo"
 EARLIER = ".rnnzoo-earlier"
-PUBLISHED = ("config.json", "generation_config.json", "results.json", "evaluation.json", "README.md")
+GENERATION = "generation_config.json"
+PUBLISHED = ("config.json", GENERATION, "results.json", "evaluation.json", "README.md")
 
 
 class Run:
@@ -95,10 +96,12 @@ class Run:
             if self.created:
                 self.out.rmdir()
 
-    def publish(self, student: Any, tokenizer: Any) -> None:
-        """The finished model into OUT."""
+    def publish(self, student: Any, tokenizer: Any, generation: dict[str, Any] | None = None) -> None:
+        """The finished model into OUT, and its settings of generation, where it has others than its configuration."""
         whole = self.folder / "model"
         _save_model(student, whole, tokenizer)
+        if generation is not None:
+            write_json(whole / GENERATION, generation)
         self.publish_folder(whole)
 
     def publish_folder(self, whole: Path) -> None:

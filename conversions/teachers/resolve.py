@@ -19,6 +19,7 @@ from . import embedded
 from .card import stated_in_card
 from .families import FAMILIES, Family, count_parameters, family_of
 from .files import content_hash, hub_reachable, quiet_loading, user_errors
+from .generation import generation_settings
 from .gguf import gguf_config, gguf_family, load_gguf_weights, read_gguf_header
 from .tokenizer import first_line, folder_tokenizer, gguf_tokenizer
 
@@ -102,6 +103,10 @@ class TeacherRef:
         if self.gguf_file:
             return gguf_tokenizer(folder / self.gguf_file, self.config)
         return folder_tokenizer(folder, self.config, local_files_only=True)
+
+    def generation(self, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+        """What a student's generation_config.json says; see `generation_settings`."""
+        return generation_settings(self.fetch(), self.config, tokenizer)
 
 
 def resolve_teacher(

@@ -28,6 +28,7 @@ from ..end_to_end.conftest import write_documents
 from .tiny import tiny_teacher
 
 SMALL = {"tokens": 1024, "seq_len": 128, "dtype": "float32", "evaluate": False}
+GENERATION = {"eos_token_id": [2, 7], "do_sample": True, "temperature": 0.6, "repetition_penalty": 1.05}
 OPTIONS = {
     "rnnzoo": {"state_budget": 40_000},
     "supra": {},
@@ -52,7 +53,10 @@ def data(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory) -> dict[str, str]:
-    return {f: str(tiny_teacher(f, tmp_path_factory.mktemp("t"))) for f in ("llama", "qwen3", "gpt_neox")}
+    made = {f: tiny_teacher(f, tmp_path_factory.mktemp("t")) for f in ("llama", "qwen3", "gpt_neox")}
+    for folder in made.values():
+        (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    return {family: str(folder) for family, folder in made.items()}
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +79,10 @@ def conversions(teachers, recipes, data, tmp_path_factory):
     ids = torch.randint(3, 310, (2, 90), generator=torch.Generator().manual_seed(0))
     done, published, publish = {}, {}, Run.publish
 
-    def spy(run, student, tokenizer):
+    def spy(run, student, *others):
         with torch.no_grad():
             published[run.out] = student(ids, use_cache=False).logits
-        publish(run, student, tokenizer)
+        publish(run, student, *others)
 
     Run.publish = spy
     try:
@@ -126,6 +130,12 @@ def test_results_say_what_was_done(conversions, teachers, case):
     )
     assert (out / "README.md").read_text().startswith("---")
     assert (out / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_student_generates_with_its_teachers_settings(conversions, case):
+    settings = AutoModelForCausalLM.from_pretrained(conversions[1][case][0]).generation_config.to_dict()
+    assert {name: settings[name] for name in GENERATION} == GENERATION
 
 
 def _plan_options(recipe: str) -> dict:

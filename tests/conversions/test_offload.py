@@ -84,6 +84,8 @@ def test_it_ends_at_the_weights_of_a_run_in_memory(data, tmp_path, family, stude
     changes: dict[str, Any] = {} if student == "hedgehog" else OTHERS | {"student": student}
     calibrate, aligned = (RECIPE | changes)["stages"]
     recipe = recipe_file(tmp_path, **changes | {"stages": [calibrate, aligned | align]})
+    settings = {"eos_token_id": [2, 7], "do_sample": True, "top_k": 20, "repetition_penalty": 1.05}
+    (Path(teacher) / "generation_config.json").write_text(json.dumps(settings))
     own = OWN | {"dtype": dtype}
     whole = convert(teacher, recipe, tmp_path / "whole", data=data, **own)
     parts = convert(teacher, recipe, tmp_path / "parts", data=data, **own, offload=True)
@@ -98,6 +100,8 @@ def test_it_ends_at_the_weights_of_a_run_in_memory(data, tmp_path, family, stude
             assert one[key] == (pytest.approx(two[key]) if isinstance(one[key], float) else two[key])
     assert stages[0]["align"]["tokens"] == 12 * 64
     assert (tmp_path / "parts" / "config.json").read_text() == (tmp_path / "whole" / "config.json").read_text()
+    for out in ("whole", "parts"):
+        assert json.loads((tmp_path / out / "generation_config.json").read_text()).items() >= settings.items()
     assert not (tmp_path / "parts" / ".rnnzoo" / "layers").exists()
 
 
