@@ -270,8 +270,15 @@ def test_classification_pools_the_last_token_whatever_the_padding(stack, make_co
     with pytest.raises(RnnzooError, match="pad_token_id"):
         model(IDS)
     model.config.pad_token_id = 2
-    right = torch.stack([torch.nn.functional.pad(IDS[0, :5], (0, 4), value=2), IDS[1]])
-    torch.testing.assert_close(model(right).logits, alone)
+    for side in ((4, 0), (0, 4), (1, 3)):
+        padded = torch.stack([torch.nn.functional.pad(IDS[0, :5], side, value=2), IDS[1]])
+        torch.testing.assert_close(model(padded).logits, alone)
+    model.config.bos_token_id = 2
+    begun = torch.nn.functional.pad(IDS[:1, :5], (1, 0), value=2)  # by the token that pads, too
+    mask = torch.ones_like(begun)
+    torch.testing.assert_close(model(begun).logits, model(begun, attention_mask=mask).logits)
+    with pytest.raises(RnnzooError, match="attention_mask"):
+        model(torch.nn.functional.pad(IDS[:1, :5], (2, 0), value=2))
     out = model.train()(IDS, labels=torch.tensor([0, 2]))
     torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, torch.tensor([0, 2])))
 

@@ -146,11 +146,15 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         """Class logits (B, num_labels), and the loss for labels (B,) or (B, num_labels).
 
-        The last token is found from `attention_mask` or else from `config.pad_token_id`; padding may be on either side.
+        Padding is told by `attention_mask`, or else by `config.pad_token_id` at the ends of a row; it may be on either
+        side.
 
         Raises:
             RnnzooError: several rows and no way to tell padding.
         """
+        token = self._tokens(input_ids, attention_mask)
+        if attention_mask is None and token is not None and not bool(token.all()):
+            attention_mask = token
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -162,7 +166,7 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        last = self._last_token(hidden, input_ids, attention_mask)
+        last = self._last_token(hidden, token)
         pooled = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
         loss = None
         if labels is not None:
@@ -171,20 +175,36 @@ class RecurrentForSequenceClassification(RecurrentPreTrainedModel):
             loss=loss, logits=pooled, hidden_states=outputs.hidden_states, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}
         )
 
-    def _last_token(self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | int:
-        batch, time = hidden.shape[:2]
+    def _tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """(B, T) bool: what is a token; None where it cannot be told."""
         if attention_mask is not None:
-            token = attention_mask[:, -time:].bool()
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            token = input_ids != self.config.pad_token_id
-        elif batch == 1:
+            return attention_mask.bool()
+        pad = self.config.pad_token_id
+        if input_ids is None or pad is None:
+            return None
+        other = input_ids != pad
+        after_the_first = other.long().cumsum(1) > 0
+        before_the_last = other.flip(1).long().cumsum(1).flip(1) > 0
+        begin = (~after_the_first).sum(1)  # how many pad tokens each row begins with
+        if pad == self.config.bos_token_id and bool(begin.any()):
+            if not bool((begin == 1).all()):
+                raise RnnzooError(
+                    f"Rows begin with token {pad}, which is the pad token and the one that begins a text, too; pass an "
+                    "attention_mask to tell padding from tokens."
+                )
+            after_the_first = torch.ones_like(other)
+        return after_the_first & before_the_last
+
+    def _last_token(self, hidden: Tensor, token: Tensor | None) -> Tensor | int:
+        batch, time = hidden.shape[:2]
+        if token is not None:
+            return (torch.arange(time, device=hidden.device) * token[:, -time:].to(hidden.device)).argmax(-1)
+        if batch == 1:
             return -1
-        else:
-            raise RnnzooError(
-                "Classifying several rows needs an attention_mask, or config.pad_token_id with input_ids, to tell "
-                "padding from tokens."
-            )
-        return (torch.arange(time, device=hidden.device) * token.to(hidden.device)).argmax(-1)
+        raise RnnzooError(
+            "Classifying several rows needs an attention_mask, or config.pad_token_id with input_ids, to tell "
+            "padding from tokens."
+        )
 
 
 def model_classes(
