@@ -1,13 +1,13 @@
 """Which implementation of an operation runs: the fastest backend that supports the call, unless somebody chose one.
 
 An operation (`gated_linear_attention`, `short_conv`, ...) has several backends, one module each, that are equal up to
-rounding. A new backend is a new module and its registration beside the operation:
+rounding. The usual four are registered by `registration.py`; any other is a new module and its registration beside it:
 
-    register("gated_linear_attention", "chunked", _chunked, priority=10)
+    register("gated_linear_attention", "other", _other, priority=10)
 
-where `_chunked()` imports `gated_linear_attention/chunked.py` and returns its function. It is called when the backend
-is first chosen, so a missing compiler or GPU library costs nothing at import. The function takes the operation's
-arguments by keyword, without `backend` and with every default filled in.
+where `_other()` imports the module and returns its function. It is called when the backend is first chosen, so a
+missing library costs nothing at import. The function takes the operation's arguments by keyword, without `backend` and
+with every default filled in.
 
 Who decides, first match wins: the argument `backend=`, `with use_backend("reference"):`, the environment variable
 RNNZOO_BACKEND, the highest priority among the backends that are available and support the call. `backend=` is strict: a

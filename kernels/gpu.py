@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .cache import build_folder, cache_root
+from .operators import unfit
 
 __all__ = ["interpreted", "priority", "problem", "supports", "tuned"]
 
@@ -42,21 +42,15 @@ def _problem() -> str | None:
     return None
 
 
-def supports(tensors: dict[str, Tensor | None], dtypes: Sequence[torch.dtype] = ()) -> str | None:
-    """Why these inputs are not for Triton, as a backend's `supports` tells it; None where they are.
+def supports(call: dict[str, Any], dtypes: Sequence[torch.dtype] = ()) -> str | None:
+    """Why these arguments are not for Triton, as a backend's `supports` tells it; None where they are.
 
     Args:
-        dtypes: of floating inputs; () is float32, bfloat16 and float16.
+        call: by name; what is no tensor is passed over.
+        dtypes: of floating tensors; () is float32, bfloat16 and float16.
     """
     allowed = tuple(dtypes) or (torch.float32, torch.bfloat16, torch.float16)
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.device.type != "cuda" and not interpreted():
-            return f"{name} is on {tensor.device.type}"
-        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype not in allowed:
-            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
-    return None
+    return unfit(call, lambda tensor: tensor.device.type == "cuda" or interpreted(), allowed)
 
 
 def tuned(

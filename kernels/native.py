@@ -25,16 +25,28 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import build_folder, cache_root
+from .operators import unfit
 from .sources import c_sources
 
-__all__ = ["build_all", "cache_folder", "calls", "compiler", "function", "pointer", "problem", "supports"]
+__all__ = [
+    "build_all",
+    "cache_folder",
+    "calls",
+    "compiler",
+    "function",
+    "pointer",
+    "problem",
+    "supports",
+    "supports_step",
+]
 
 log = logging.getLogger("rnnzoo.kernels")
 FLAGS = (
@@ -95,23 +107,23 @@ def _say_without_compiler(reason: str) -> None:
     log.warning("%s: slower kernels serve instead of those in C", reason)
 
 
-def supports(folder: str, tensors: dict[str, Tensor | None]) -> str | None:
-    """Why these inputs are not for the C code of a folder, as a backend's `supports` tells it; None where they are.
+def supports(folder: str, call: dict[str, Any]) -> str | None:
+    """Why these arguments are not for the C code of a folder, as a backend's `supports` tells it; None where they are.
 
-    Float32 and bfloat16 on the CPU are; `tensors` may hold None and integer tensors, which only have to be on the CPU.
+    Tensors on the CPU are, in float32, bfloat16 or complex64, or of integers; what is no tensor is passed over.
     """
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.device.type != "cpu":
-            return f"{name} is on {tensor.device.type}"
-        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype not in (
-            torch.float32,
-            torch.bfloat16,
-            torch.complex64,
-        ):
-            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
-    return problem(folder)
+    dtypes = (torch.float32, torch.bfloat16, torch.complex64)
+    return unfit(call, lambda tensor: tensor.device.type == "cpu", dtypes) or problem(folder)
+
+
+def supports_step(
+    folder: str, call: dict[str, Any], *state: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)
+) -> str | None:
+    """`supports` for code that changes a state in place: its tensors are contiguous, in one of `dtypes`."""
+    if not all(part.dtype in dtypes and part.is_contiguous() for part in state):
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"the state is not contiguous in {names}"
+    return supports(folder, {**call, "state": state})
 
 
 @functools.cache

@@ -12,57 +12,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import native
 from ..checks import check_steps, expect, expect_ndim
-from ..dispatch import dispatch, register
+from ..dispatch import dispatch
 from ..errors import ShapeError
+from ..registration import register_backends
+from . import chunked, cpu, reference
 
 __all__ = ["block_scan", "block_scan_step"]
 
-
-def _cpu():
-    from .cpu import block_scan
-
-    return block_scan
-
-
-def _chunked():
-    from .chunked import block_scan
-
-    return block_scan
-
-
-def _reference():
-    from .reference import block_scan
-
-    return block_scan
-
-
-def _chunked_step():
-    from .chunked import block_scan_step
-
-    return block_scan_step
-
-
-def _reference_step():
-    from .reference import block_scan_step
-
-    return block_scan_step
-
-
-def _cpu_supports(*, a, x, initial_state, seq_ids, mask) -> str | None:
-    return native.supports("block_scan", {"a": a, "x": x, "initial_state": initial_state})
-
-
-def _cpu_available() -> str | None:
-    return native.problem("block_scan", build=False)
-
-
-register("block_scan", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
-register("block_scan", "chunked", _chunked, priority=10)
-register("block_scan", "reference", _reference, priority=0)
-register("block_scan_step", "chunked", _chunked_step, priority=10)
-register("block_scan_step", "reference", _reference_step, priority=0)
+register_backends("block_scan", "block_scan", reference, chunked, cpu)
+register_backends("block_scan", "block_scan_step", reference, chunked)
 
 
 def block_scan(

@@ -21,88 +21,30 @@ Linear 2025 (KDA), Peng et al. 2025 (RWKV-7).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import gpu, native
+from .. import native
 from ..checks import check_steps, expect, expect_axes, expect_ndim
-from ..dispatch import dispatch, dispatch_alike, register
+from ..dispatch import dispatch, dispatch_alike
 from ..errors import ShapeError
+from ..registration import register_backends
+from . import chunked, cpu, reference
 
 __all__ = ["delta_rule", "delta_rule_step"]
 
 
 def _triton():
-    from .triton_ import delta_rule
+    from . import triton_
 
-    return delta_rule
-
-
-def _cpu():
-    from .cpu import delta_rule
-
-    return delta_rule
-
-
-def _chunked():
-    from .chunked import delta_rule
-
-    return delta_rule
-
-
-def _reference():
-    from .reference import delta_rule
-
-    return delta_rule
-
-
-def _cpu_step():
-    from .cpu import delta_rule_step
-
-    return delta_rule_step
-
-
-def _chunked_step():
-    from .chunked import delta_rule_step
-
-    return delta_rule_step
-
-
-def _reference_step():
-    from .reference import delta_rule_step
-
-    return delta_rule_step
-
-
-def _floats(call: dict) -> dict[str, Tensor | None]:
-    return {name: call[name] for name in ("q", "k", "v", "a", "b", "g", "initial_state")}
-
-
-def _triton_supports(**call) -> str | None:
-    return gpu.supports(_floats(call))
-
-
-def _cpu_supports(**call) -> str | None:
-    return native.supports("delta_rule", _floats(call))
+    return triton_
 
 
 def _cpu_step_supports(*, q, k, v, a, b, g, state, scale) -> str | None:
-    if not state.is_contiguous() or state.dtype != torch.float32:
-        return "the state is not contiguous, or not float32"
-    return native.supports("delta_rule", {"q": q, "k": k, "v": v, "a": a, "b": b, "state": state})
+    return native.supports_step("delta_rule", {"q": q, "k": k, "v": v, "a": a, "b": b}, state)
 
 
-def _cpu_available() -> str | None:
-    return native.problem("delta_rule", build=False)
-
-
-register("delta_rule", "triton", _triton, priority=gpu.priority(), supports=_triton_supports, available=gpu.problem)
-register("delta_rule", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
-register("delta_rule", "chunked", _chunked, priority=10)
-register("delta_rule", "reference", _reference, priority=0)
-register("delta_rule_step", "cpu", _cpu_step, priority=20, supports=_cpu_step_supports, available=_cpu_available)
-register("delta_rule_step", "chunked", _chunked_step, priority=10)
-register("delta_rule_step", "reference", _reference_step, priority=0)
+register_backends("delta_rule", "delta_rule", reference, chunked, cpu, _triton)
+register_backends("delta_rule", "delta_rule_step", reference, chunked, cpu, cpu_supports=_cpu_step_supports)
 
 
 def delta_rule(

@@ -13,13 +13,14 @@ Sources: Katharopoulos et al. 2020 (g = 0, normaliser), RetNet 2023 (g constant)
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import gpu, native
 from ..checks import check_steps, expect, expect_axes
-from ..dispatch import dispatch, dispatch_alike, register
+from ..dispatch import dispatch, dispatch_alike
 from ..errors import RnnzooError, ShapeError
+from ..registration import register_backends
+from . import chunked, cpu, reference
 from .state import Window, WindowState, ring_positions, ring_slots, state_dtype
 
 __all__ = [
@@ -34,45 +35,9 @@ __all__ = [
 
 
 def _triton():
-    from .triton_ import gated_linear_attention
+    from . import triton_
 
-    return gated_linear_attention
-
-
-def _cpu():
-    from .cpu import gated_linear_attention
-
-    return gated_linear_attention
-
-
-def _chunked():
-    from .chunked import gated_linear_attention
-
-    return gated_linear_attention
-
-
-def _reference():
-    from .reference import gated_linear_attention
-
-    return gated_linear_attention
-
-
-def _cpu_step():
-    from .cpu import gated_linear_attention_step
-
-    return gated_linear_attention_step
-
-
-def _chunked_step():
-    from .linear_part import gated_linear_attention_step
-
-    return gated_linear_attention_step
-
-
-def _reference_step():
-    from .reference import gated_linear_attention_step
-
-    return gated_linear_attention_step
+    return triton_
 
 
 def _not_fused(q: Tensor, v: Tensor, window: Window | None) -> str | None:
@@ -82,54 +47,27 @@ def _not_fused(q: Tensor, v: Tensor, window: Window | None) -> str | None:
     return "an empty width" if q.shape[-1] == 0 or v.shape[-1] == 0 else None
 
 
-def _floats(call: dict) -> dict[str, Tensor | None]:
-    return {name: call[name] for name in ("q", "k", "v", "g", "bonus", "initial_state")}
-
-
 def _triton_supports(**call) -> str | None:
-    return _not_fused(call["q"], call["v"], call["window"]) or gpu.supports(_floats(call))
+    return _not_fused(call["q"], call["v"], call["window"]) or gpu.supports(call)
 
 
 def _cpu_supports(**call) -> str | None:
-    reason = _not_fused(call["q"], call["v"], call["window"])
-    return reason or native.supports("gated_linear_attention", _floats(call))
+    return _not_fused(call["q"], call["v"], call["window"]) or native.supports("gated_linear_attention", call)
 
 
 def _cpu_step_supports(*, q, k, v, g, state, bonus, scale, normalize) -> str | None:
-    if state.dtype != torch.float32 or not state.is_contiguous():
-        return "the state is not contiguous, or not float32"
-    if v.dtype not in (torch.float32, torch.bfloat16):
-        return f"v is {str(v.dtype).removeprefix('torch.')}"
-    if not (v.is_cpu and state.is_cpu):
-        return "v or the state is not on the CPU"
-    return _not_fused(q, v, None) or native.problem("gated_linear_attention")
+    return _not_fused(q, v, None) or native.supports_step("gated_linear_attention", {"v": v}, state)
 
 
-def _cpu_available() -> str | None:
-    return native.problem("gated_linear_attention", build=False)
-
-
-register(
-    "gated_linear_attention",
-    "triton",
-    _triton,
-    priority=gpu.priority(),
-    supports=_triton_supports,
-    available=gpu.problem,
+register_backends(
+    *("gated_linear_attention", "gated_linear_attention", reference, chunked, cpu, _triton),
+    cpu_supports=_cpu_supports,
+    triton_supports=_triton_supports,
 )
-register("gated_linear_attention", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
-register("gated_linear_attention", "chunked", _chunked, priority=10)
-register("gated_linear_attention", "reference", _reference, priority=0)
-register(
-    "gated_linear_attention_step",
-    "cpu",
-    _cpu_step,
-    priority=20,
-    supports=_cpu_step_supports,
-    available=_cpu_available,
+register_backends(
+    *("gated_linear_attention", "gated_linear_attention_step", reference, chunked, cpu),
+    cpu_supports=_cpu_step_supports,
 )
-register("gated_linear_attention_step", "chunked", _chunked_step, priority=10)
-register("gated_linear_attention_step", "reference", _reference_step, priority=0)
 
 
 def gated_linear_attention(

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ..steps import document_starts
-from .linear_part import divide, linear_attention
+from .linear_part import divide, gated_linear_attention_step, linear_attention
 from .state import Window, WindowState, state_dtype
 from .window import windowed_attention
+
+__all__ = ["gated_linear_attention", "gated_linear_attention_step"]
 
 
 def gated_linear_attention(

@@ -13,80 +13,30 @@ from torch import Tensor
 
 from .. import gpu, native
 from ..checks import check_steps, expect, expect_ndim
-from ..dispatch import dispatch, dispatch_alike, register
+from ..dispatch import dispatch, dispatch_alike
 from ..errors import ShapeError
+from ..registration import register_backends
+from . import chunked, cpu, reference
 
 __all__ = ["linear_scan", "linear_scan_step"]
 
 
-def _cpu():
-    from .cpu import linear_scan
-
-    return linear_scan
-
-
-def _chunked():
-    from .chunked import linear_scan
-
-    return linear_scan
-
-
-def _reference():
-    from .reference import linear_scan
-
-    return linear_scan
-
-
 def _triton():
-    from .triton_ import linear_scan
+    from . import triton_
 
-    return linear_scan
-
-
-def _cpu_step():
-    from .cpu import linear_scan_step
-
-    return linear_scan_step
+    return triton_
 
 
-def _chunked_step():
-    from .chunked import linear_scan_step
-
-    return linear_scan_step
-
-
-def _reference_step():
-    from .reference import linear_scan_step
-
-    return linear_scan_step
-
-
-def _cpu_supports(*, a, x, initial_state, seq_ids, mask) -> str | None:
-    return native.supports("linear_scan", {"a": a, "x": x, "initial_state": initial_state})
-
-
-def _triton_supports(*, a, x, initial_state, seq_ids, mask) -> str | None:
-    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
-    return gpu.supports({"a": a, "x": x, "initial_state": initial_state}, kinds)
+def _triton_supports(**call) -> str | None:
+    return gpu.supports(call, (torch.float32, torch.bfloat16, torch.float16, torch.complex64))
 
 
 def _cpu_step_supports(*, a, x, state) -> str | None:
-    if state.dtype not in (torch.float32, torch.complex64) or not state.is_contiguous():
-        return "the state is not a contiguous tensor in float32 or complex64"
-    return native.supports("linear_scan", {"a": a, "x": x, "state": state})
+    return native.supports_step("linear_scan", {"a": a, "x": x}, state, dtypes=(torch.float32, torch.complex64))
 
 
-def _cpu_available() -> str | None:
-    return native.problem("linear_scan", build=False)
-
-
-register("linear_scan", "triton", _triton, priority=gpu.priority(), supports=_triton_supports, available=gpu.problem)
-register("linear_scan", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
-register("linear_scan", "chunked", _chunked, priority=10)
-register("linear_scan", "reference", _reference, priority=0)
-register("linear_scan_step", "cpu", _cpu_step, priority=20, supports=_cpu_step_supports, available=_cpu_available)
-register("linear_scan_step", "chunked", _chunked_step, priority=10)
-register("linear_scan_step", "reference", _reference_step, priority=0)
+register_backends("linear_scan", "linear_scan", reference, chunked, cpu, _triton, triton_supports=_triton_supports)
+register_backends("linear_scan", "linear_scan_step", reference, chunked, cpu, cpu_supports=_cpu_step_supports)
 
 
 def linear_scan(

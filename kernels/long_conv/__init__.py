@@ -23,40 +23,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..checks import check_steps, expect, expect_ndim
-from ..dispatch import dispatch, register
+from ..dispatch import dispatch
 from ..errors import ShapeError
+from ..registration import register_backends
+from . import chunked, reference
 
 __all__ = ["long_conv", "long_conv_step"]
 
-
-def _chunked():
-    from .chunked import long_conv
-
-    return long_conv
-
-
-def _reference():
-    from .reference import long_conv
-
-    return long_conv
-
-
-def _chunked_step():
-    from .reference import long_conv_step
-
-    return long_conv_step
-
-
-def _reference_step():
-    from .reference import long_conv_step
-
-    return long_conv_step
-
-
-register("long_conv", "chunked", _chunked, priority=10)
-register("long_conv", "reference", _reference, priority=0)
-register("long_conv_step", "chunked", _chunked_step, priority=10)
-register("long_conv_step", "reference", _reference_step, priority=0)
+register_backends("long_conv", "long_conv", reference, chunked)
+register_backends("long_conv", "long_conv_step", reference, chunked)
 
 
 def long_conv(

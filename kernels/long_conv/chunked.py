@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ..steps import document_starts
 from .reference import long_conv as loop
-from .reference import state_dtype, times
+from .reference import long_conv_step, state_dtype, times
+
+__all__ = ["long_conv", "long_conv_step"]
 
 # Up to here a matrix product is faster; and MKL's shorter FFTs round differently with the number of threads.
 SHORT = 32

@@ -16,114 +16,40 @@ import torch
 from torch import Tensor
 
 from .. import gpu, native
-from ..dispatch import dispatch, register
+from ..dispatch import dispatch
 from ..errors import RnnzooError, ShapeError
+from ..registration import register_backends
+from . import chunked, cpu, reference
 
 __all__ = ["linear_cross_entropy", "linear_kl", "linear_top_kl"]
 
 
-def _triton_cross_entropy():
-    from .triton_ import linear_cross_entropy
+def _triton():
+    from . import triton_
 
-    return linear_cross_entropy
-
-
-def _cpu_cross_entropy():
-    from .cpu import linear_cross_entropy
-
-    return linear_cross_entropy
+    return triton_
 
 
-def _chunked_cross_entropy():
-    from .chunked import linear_cross_entropy
-
-    return linear_cross_entropy
-
-
-def _reference_cross_entropy():
-    from .reference import linear_cross_entropy
-
-    return linear_cross_entropy
-
-
-def _triton_kl():
-    from .triton_ import linear_kl
-
-    return linear_kl
-
-
-def _cpu_kl():
-    from .cpu import linear_kl
-
-    return linear_kl
-
-
-def _chunked_kl():
-    from .chunked import linear_kl
-
-    return linear_kl
-
-
-def _reference_kl():
-    from .reference import linear_kl
-
-    return linear_kl
-
-
-def _chunked_top_kl():
-    from .chunked import linear_top_kl
-
-    return linear_top_kl
-
-
-def _reference_top_kl():
-    from .reference import linear_top_kl
-
-    return linear_top_kl
-
-
-_HIDDEN = ("hidden", "student_hidden", "teacher_hidden")
+def _hidden(call: dict) -> dict:
+    """What C and Triton code sees are logits: in the hidden states' dtype, wherever the head's is converted to it."""
+    return {name: x for name, x in call.items() if name in ("hidden", "student_hidden", "teacher_hidden")}
 
 
 def _cpu_supports(**call) -> str | None:
-    # What the C code sees are logits: in the hidden states' dtype, wherever the head's is converted to it.
-    return native.supports("losses", {name: x for name, x in call.items() if name in _HIDDEN})
+    return native.supports("losses", _hidden(call))
 
 
 def _triton_supports(**call) -> str | None:
-    return gpu.supports({name: x for name, x in call.items() if name in _HIDDEN})
+    return gpu.supports(_hidden(call))
 
 
-def _cpu_available() -> str | None:
-    return native.problem("losses", build=False)
-
-
-register(
-    "linear_cross_entropy",
-    "triton",
-    _triton_cross_entropy,
-    priority=gpu.priority(),
-    supports=_triton_supports,
-    available=gpu.problem,
-)
-register(
-    "linear_cross_entropy", "cpu", _cpu_cross_entropy, priority=20, supports=_cpu_supports, available=_cpu_available
-)
-register("linear_cross_entropy", "chunked", _chunked_cross_entropy, priority=10)
-register("linear_cross_entropy", "reference", _reference_cross_entropy, priority=0)
-register(
-    "linear_kl",
-    "triton",
-    _triton_kl,
-    priority=gpu.priority(),
-    supports=_triton_supports,
-    available=gpu.problem,
-)
-register("linear_kl", "cpu", _cpu_kl, priority=20, supports=_cpu_supports, available=_cpu_available)
-register("linear_kl", "chunked", _chunked_kl, priority=10)
-register("linear_kl", "reference", _reference_kl, priority=0)
-register("linear_top_kl", "chunked", _chunked_top_kl, priority=10)
-register("linear_top_kl", "reference", _reference_top_kl, priority=0)
+for _operation in ("linear_cross_entropy", "linear_kl"):
+    register_backends(
+        *("losses", _operation, reference, chunked, cpu, _triton),
+        cpu_supports=_cpu_supports,
+        triton_supports=_triton_supports,
+    )
+register_backends("losses", "linear_top_kl", reference, chunked)
 
 
 def linear_cross_entropy(

@@ -9,91 +9,30 @@ Source: Gu and Dao 2023, "Mamba", section 3 and algorithm 2.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import gpu, native
+from .. import native
 from ..checks import check_steps, expect, expect_ndim
-from ..dispatch import dispatch, dispatch_alike, register
+from ..dispatch import dispatch, dispatch_alike
 from ..errors import ShapeError
+from ..registration import register_backends
+from . import chunked, cpu, reference
 
 __all__ = ["selective_scan", "selective_scan_step"]
 
 
 def _triton():
-    from .triton_ import selective_scan
+    from . import triton_
 
-    return selective_scan
-
-
-def _cpu():
-    from .cpu import selective_scan
-
-    return selective_scan
-
-
-def _chunked():
-    from .chunked import selective_scan
-
-    return selective_scan
-
-
-def _reference():
-    from .reference import selective_scan
-
-    return selective_scan
-
-
-def _cpu_step():
-    from .cpu import selective_scan_step
-
-    return selective_scan_step
-
-
-def _chunked_step():
-    from .chunked import selective_scan_step
-
-    return selective_scan_step
-
-
-def _reference_step():
-    from .reference import selective_scan_step
-
-    return selective_scan_step
-
-
-def _cpu_supports(*, seq_ids=None, mask=None, **tensors) -> str | None:
-    return native.supports("selective_scan", tensors)
-
-
-def _cpu_available() -> str | None:
-    return native.problem("selective_scan", build=False)
+    return triton_
 
 
 def _cpu_step_supports(*, x, dt, a, b, c, d, state) -> str | None:
-    if not (state.is_cpu and state.dtype == torch.float32 and state.is_contiguous()):
-        return "the state is not a contiguous float32 tensor on the CPU"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"x is {x.dtype}"
-    return native.problem("selective_scan")
+    return native.supports_step("selective_scan", {"x": x}, state)
 
 
-def _triton_supports(*, seq_ids, mask, **tensors) -> str | None:
-    return gpu.supports(tensors)
-
-
-register(
-    *("selective_scan", "triton", _triton),
-    priority=gpu.priority(),
-    supports=_triton_supports,
-    available=gpu.problem,
-)
-register("selective_scan", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
-register("selective_scan", "chunked", _chunked, priority=10)
-register("selective_scan", "reference", _reference, priority=0)
-register("selective_scan_step", "cpu", _cpu_step, priority=20, supports=_cpu_step_supports, available=_cpu_available)
-register("selective_scan_step", "chunked", _chunked_step, priority=10)
-register("selective_scan_step", "reference", _reference_step, priority=0)
+register_backends("selective_scan", "selective_scan", reference, chunked, cpu, _triton)
+register_backends("selective_scan", "selective_scan_step", reference, chunked, cpu, cpu_supports=_cpu_step_supports)
 
 
 def selective_scan(

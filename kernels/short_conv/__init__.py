@@ -11,88 +11,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import gpu, native
+from .. import native
 from ..checks import expect_axes
-from ..dispatch import dispatch, dispatch_alike, register
+from ..dispatch import dispatch, dispatch_alike
 from ..errors import RnnzooError, ShapeError
+from ..registration import register_backends
+from . import chunked, cpu, reference
 
 __all__ = ["short_conv", "short_conv_step"]
 
 
 def _triton():
-    from .triton_ import short_conv
+    from . import triton_
 
-    return short_conv
-
-
-def _cpu():
-    from .cpu import short_conv
-
-    return short_conv
+    return triton_
 
 
-def _chunked():
-    from .chunked import short_conv
-
-    return short_conv
-
-
-def _reference():
-    from .reference import short_conv
-
-    return short_conv
-
-
-def _cpu_step():
-    from .cpu import short_conv_step
-
-    return short_conv_step
-
-
-def _chunked_step():
-    from .chunked import short_conv_step
-
-    return short_conv_step
-
-
-def _reference_step():
-    from .reference import short_conv_step
-
-    return short_conv_step
-
-
-def _cpu_supports(*, x, weight, bias, initial_state, activation, seq_ids, mask) -> str | None:
-    if weight.shape[1] > 16:
-        return f"weight has {weight.shape[1]} taps, more than 16"
-    tensors = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
-    return native.supports("short_conv", tensors)
-
-
-def _cpu_available() -> str | None:
-    return native.problem("short_conv", build=False)
+def _cpu_supports(**call) -> str | None:
+    return _too_many_taps(call["weight"]) or native.supports("short_conv", call)
 
 
 def _cpu_step_supports(*, x, weight, bias, state, activation) -> str | None:
-    if weight.shape[1] > 16:
-        return f"weight has {weight.shape[1]} taps, more than 16"
-    if state.dtype != x.dtype:
-        return f"the state is {state.dtype} and x {x.dtype}"
-    if not state.is_contiguous():
-        return "the state is not contiguous"
-    return native.supports("short_conv", {"x": x, "weight": weight})
+    call = {"x": x, "weight": weight}
+    return _too_many_taps(weight) or native.supports_step("short_conv", call, state, dtypes=(x.dtype,))
 
 
-def _triton_supports(*, x, weight, bias, initial_state, activation, seq_ids, mask) -> str | None:
-    return gpu.supports({"x": x, "weight": weight, "bias": bias, "initial_state": initial_state})
+def _too_many_taps(weight: Tensor) -> str | None:
+    return f"weight has {weight.shape[1]} taps, more than 16" if weight.shape[1] > 16 else None
 
 
-register("short_conv", "triton", _triton, priority=gpu.priority(), supports=_triton_supports, available=gpu.problem)
-register("short_conv", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
-register("short_conv", "chunked", _chunked, priority=10)
-register("short_conv", "reference", _reference, priority=0)
-register("short_conv_step", "cpu", _cpu_step, priority=20, supports=_cpu_step_supports, available=_cpu_available)
-register("short_conv_step", "chunked", _chunked_step, priority=10)
-register("short_conv_step", "reference", _reference_step, priority=0)
+register_backends("short_conv", "short_conv", reference, chunked, cpu, _triton, cpu_supports=_cpu_supports)
+register_backends("short_conv", "short_conv_step", reference, chunked, cpu, cpu_supports=_cpu_step_supports)
 
 
 def short_conv(

@@ -17,92 +17,37 @@ et al. 2024, section 3).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import gpu, native
 from ..checks import check_steps, expect, expect_ndim
-from ..dispatch import dispatch, dispatch_alike, register
+from ..dispatch import dispatch, dispatch_alike
 from ..errors import ShapeError
+from ..registration import register_backends
+from . import chunked, cpu, reference
 from .state import SoftmaxState
 
 __all__ = ["SoftmaxState", "softmax_scan", "softmax_scan_step"]
 
 
 def _triton():
-    from .triton_ import softmax_scan
+    from . import triton_
 
-    return softmax_scan
-
-
-def _cpu():
-    from .cpu import softmax_scan
-
-    return softmax_scan
-
-
-def _chunked():
-    from .chunked import softmax_scan
-
-    return softmax_scan
-
-
-def _reference():
-    from .reference import softmax_scan
-
-    return softmax_scan
-
-
-def _cpu_step():
-    from .cpu import softmax_scan_step
-
-    return softmax_scan_step
-
-
-def _chunked_step():
-    from .chunked import softmax_scan_step
-
-    return softmax_scan_step
-
-
-def _reference_step():
-    from .reference import softmax_scan_step
-
-    return softmax_scan_step
-
-
-def _tensors(*, k, v, decay, bonus, initial_state, seq_ids, mask) -> dict[str, Tensor | None]:
-    named = {"k": k, "v": v, "decay": decay, "bonus": bonus}
-    return named if initial_state is None else named | dict(zip(SoftmaxState._fields, initial_state, strict=True))
+    return triton_
 
 
 def _triton_supports(**call) -> str | None:
     if call["k"].shape[3] == 1 and call["v"].shape[3] > 1024:
         return "v is wider than 1024 with one score a head"
-    return gpu.supports(_tensors(**call))
-
-
-def _cpu_supports(**call) -> str | None:
-    return native.supports("softmax_scan", _tensors(**call))
+    return gpu.supports(call)
 
 
 def _cpu_step_supports(*, k, v, state, decay, bonus) -> str | None:
-    if not all(x.dtype == torch.float32 and x.is_contiguous() for x in state):
-        return "the state is not contiguous in float32"
-    return native.supports("softmax_scan", {"k": k, "v": v, "decay": decay, "bonus": bonus, "state": state[0]})
+    return native.supports_step("softmax_scan", {"k": k, "v": v, "decay": decay, "bonus": bonus}, *state)
 
 
-def _cpu_available() -> str | None:
-    return native.problem("softmax_scan", build=False)
-
-
-register("softmax_scan", "triton", _triton, priority=gpu.priority(), supports=_triton_supports, available=gpu.problem)
-register("softmax_scan", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
-register("softmax_scan", "chunked", _chunked, priority=10)
-register("softmax_scan", "reference", _reference, priority=0)
-register("softmax_scan_step", "cpu", _cpu_step, priority=20, supports=_cpu_step_supports, available=_cpu_available)
-register("softmax_scan_step", "chunked", _chunked_step, priority=10)
-register("softmax_scan_step", "reference", _reference_step, priority=0)
+register_backends("softmax_scan", "softmax_scan", reference, chunked, cpu, _triton, triton_supports=_triton_supports)
+register_backends("softmax_scan", "softmax_scan_step", reference, chunked, cpu, cpu_supports=_cpu_step_supports)
 
 
 def softmax_scan(

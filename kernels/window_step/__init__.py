@@ -8,48 +8,18 @@ B batch, H query heads, Hk key/value heads, F feature width, D key width, V valu
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from .. import native
 from ..checks import expect_all, expect_axes
-from ..dispatch import dispatch, register
+from ..dispatch import dispatch
 from ..errors import ShapeError
+from ..registration import register_backends
+from . import chunked, cpu, reference
 from .state import State
 
 __all__ = ["State", "leaving_keys", "window_step"]
-
-
-def _cpu():
-    from .cpu import window_step
-
-    return window_step
-
-
-def _chunked():
-    from .chunked import window_step
-
-    return window_step
-
-
-def _reference():
-    from .chunked import window_step
-
-    return partial(window_step, backend="reference")
-
-
-def _cpu_keys():
-    from .cpu import leaving_keys
-
-    return leaving_keys
-
-
-def _chunked_keys():
-    from .chunked import leaving_keys
-
-    return leaving_keys
 
 
 def _cpu_keys_supports(*, state, lengths, dtype) -> str | None:
@@ -73,16 +43,8 @@ def _cpu_supports(*, q, near, far, k, v, leaving, g, factor, state, lengths, sin
     return native.supports("window_step", tensors)
 
 
-def _cpu_available() -> str | None:
-    return native.problem("window_step", build=False)
-
-
-register("window_step", "cpu", _cpu, priority=20, supports=_cpu_supports, available=_cpu_available)
-register("window_step", "chunked", _chunked, priority=10)
-register("window_step", "reference", _reference, priority=0)
-register("leaving_keys", "cpu", _cpu_keys, priority=20, supports=_cpu_keys_supports, available=_cpu_available)
-register("leaving_keys", "chunked", _chunked_keys, priority=10)
-register("leaving_keys", "reference", _chunked_keys, priority=0)
+register_backends("window_step", "window_step", reference, chunked, cpu, cpu_supports=_cpu_supports)
+register_backends("window_step", "leaving_keys", reference, chunked, cpu, cpu_supports=_cpu_keys_supports)
 
 
 def window_step(
