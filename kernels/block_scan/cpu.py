@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import NAMESPACE, contiguous, needs_gradient
+from ..operators import contiguous, differentiable, needs_gradient
 from ..steps import step_codes
 
 
@@ -21,8 +21,7 @@ def block_scan(
     return h.to(output_dtype), state
 
 
-@torch.library.custom_op(f"{NAMESPACE}::block_scan_cpu", mutates_args=())
-def forward(
+def _forward(
     a: Tensor, x: Tensor, initial: Tensor | None, codes: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h, final state, the states that the steps read: what backward needs; empty unless `keep`)."""
@@ -34,8 +33,7 @@ def forward(
     return h, state, kept
 
 
-@torch.library.custom_op(f"{NAMESPACE}::block_scan_cpu_backward", mutates_args=())
-def backward(
+def _backward(
     a: Tensor, codes: Tensor | None, kept: Tensor, dh: Tensor, dstate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, x and the initial state."""
@@ -51,7 +49,6 @@ def _sizes(x: Tensor) -> tuple[int, ...]:
     return (*x.shape, torch.get_num_threads())
 
 
-@forward.register_fake
 def _empty_outputs(a, x, initial, codes, keep) -> tuple[Tensor, Tensor, Tensor]:
     batch, time, blocks, width = x.shape
     return (
@@ -61,21 +58,8 @@ def _empty_outputs(a, x, initial, codes, keep) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@backward.register_fake
 def _empty_gradients(a, codes, kept, dh, dstate) -> tuple[Tensor, Tensor, Tensor]:
     return a.new_empty(a.shape), dh.new_empty(dh.shape), dstate.new_empty(dstate.shape)
 
 
-def _remember(ctx, inputs, output) -> None:
-    a, _, _, codes, _ = inputs
-    ctx.save_for_backward(a, codes, output[2])
-    ctx.has_initial = inputs[2] is not None
-    ctx.mark_non_differentiable(output[2])
-
-
-def _gradients(ctx, dh, dstate, _):
-    da, dx, dinitial = backward(*ctx.saved_tensors, dh, dstate)
-    return da, dx, dinitial if ctx.has_initial else None, None, None
-
-
-forward.register_autograd(_gradients, setup_context=_remember)
+forward = differentiable("block_scan_cpu", _forward, _backward, _empty_outputs, _empty_gradients, "h state kept")

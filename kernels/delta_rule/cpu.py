@@ -9,38 +9,13 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import NAMESPACE, contiguous, needs_gradient
-from ..steps import step_codes
-from .shapes import empty_gradients, empty_outputs, gradients, remember, same_dtype
+from ..operators import contiguous, differentiable
+from .operators import empty_gradients, empty_outputs, fused
 
 STEP_PARALLEL_FLOATS = 1 << 16  # a step on a smaller state is over before other threads have woken up
 
 
-def delta_rule(
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    seq_ids: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `kernels.delta_rule`."""
-    output_dtype = v.dtype
-    q, k, v, a, b = same_dtype(q, k, v, a, b)
-    g = None if g is None else g.to(torch.float32)
-    inputs = (q, k, v, a, b, g, initial_state)
-    needed = needs_gradient(*inputs)
-    o, state, _ = forward(*inputs, step_codes(seq_ids, mask), scale, needed)
-    return o.to(output_dtype), state
-
-
-@torch.library.custom_op(f"{NAMESPACE}::delta_rule_cpu", mutates_args=())
-def forward(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -62,8 +37,7 @@ def forward(
     return o, state, kept
 
 
-@torch.library.custom_op(f"{NAMESPACE}::delta_rule_cpu_backward", mutates_args=())
-def backward(
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -72,22 +46,21 @@ def backward(
     g: Tensor | None,
     codes: Tensor | None,
     kept: Tensor,
-    d_out: Tensor,
-    d_state: Tensor,
+    do: Tensor,
+    dstate: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, a, b, g (empty without one) and the initial state."""
-    found = empty_gradients(q, k, v, a, b, g, codes, kept, d_out, d_state, scale)
-    tensors = contiguous(q, k, v, a, b, g, codes, kept, d_out, d_state)
+    found = empty_gradients(q, k, v, a, b, g, codes, kept, do, dstate, scale)
+    tensors = contiguous(q, k, v, a, b, g, codes, kept, do, dstate)
     function("delta_rule", "delta_rule_backward", "p" * 17 + "i" * 9 + "f")(
         *(pointer(x) for x in (*tensors, *found)), *_sizes(q, v, g), scale
     )
     return found
 
 
-forward.register_fake(empty_outputs)
-backward.register_fake(empty_gradients)
-forward.register_autograd(functools.partial(gradients, backward), setup_context=remember)
+forward = differentiable("delta_rule_cpu", _forward, _backward, empty_outputs, empty_gradients, "o state kept")
+delta_rule = functools.partial(fused, forward)
 
 
 def _sizes(q: Tensor, v: Tensor, g: Tensor | None) -> tuple[int, ...]:

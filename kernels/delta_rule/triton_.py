@@ -16,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import tuned
-from ..operators import NAMESPACE, contiguous, needs_gradient
-from ..steps import step_codes
-from .shapes import CHUNK, empty_gradients, empty_outputs, gradients, remember, same_dtype
+from ..operators import contiguous, differentiable
+from .operators import CHUNK, empty_gradients, empty_outputs, fused
 
 
 @triton.jit
@@ -148,29 +147,6 @@ def backward_kernel(
     tl.store(d_initial + head * K * V + matrix, adjoint, mask=inside)
 
 
-def delta_rule(
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    seq_ids: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `kernels.delta_rule`."""
-    output_dtype = v.dtype
-    q, k, v, a, b = same_dtype(q, k, v, a, b)
-    g = None if g is None else g.to(torch.float32)
-    inputs = (q, k, v, a, b, g, initial_state)
-    needed = needs_gradient(*inputs)
-    o, state, _ = forward(*inputs, step_codes(seq_ids, mask), scale, needed)
-    return o.to(output_dtype), state
-
-
 def _sizes(kernel: str, q: Tensor, v: Tensor, most: int, launch: Callable[[dict[str, int]], None]) -> dict[str, int]:
     """Rows and columns of a program's state, and warps: all rows, and so many columns that the registers hold it."""
     rows = max(16, triton.next_power_of_2(q.shape[-1]))
@@ -185,8 +161,7 @@ def _decay(g: Tensor | None) -> int:
     return 0 if g is None else 1 if g.shape[-1] == 1 else 2
 
 
-@torch.library.custom_op(f"{NAMESPACE}::delta_rule_triton", mutates_args=())
-def forward(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -215,8 +190,7 @@ def forward(
     return outputs
 
 
-@torch.library.custom_op(f"{NAMESPACE}::delta_rule_triton_backward", mutates_args=())
-def backward(
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -225,15 +199,15 @@ def backward(
     g: Tensor | None,
     codes: Tensor | None,
     kept: Tensor,
-    d_out: Tensor,
-    d_state: Tensor,
+    do: Tensor,
+    dstate: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, a, b, g (empty without one) and the initial state."""
-    dq, dk, dv, da, db, dg, d_initial = empty_gradients(q, k, v, a, b, g, codes, kept, d_out, d_state, scale)
+    dq, dk, dv, da, db, dg, d_initial = empty_gradients(q, k, v, a, b, g, codes, kept, do, dstate, scale)
     batch, time, heads, values = v.shape
     sums = [dq, dk, da, db, dg]
-    tensors = contiguous(q, k, v, a, b, g, codes, kept, d_out, d_state)
+    tensors = contiguous(q, k, v, a, b, g, codes, kept, do, dstate)
     flags = codes is not None, _decay(g), q.shape[2] // heads, CHUNK
 
     def launch(sizes: dict[str, int]) -> list[Tensor]:
@@ -255,6 +229,5 @@ def backward(
     return dq, dk, dv, da, db, dg, d_initial
 
 
-forward.register_fake(empty_outputs)
-backward.register_fake(empty_gradients)
-forward.register_autograd(functools.partial(gradients, backward), setup_context=remember)
+forward = differentiable("delta_rule_triton", _forward, _backward, empty_outputs, empty_gradients, "o state kept")
+delta_rule = functools.partial(fused, forward)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import NAMESPACE, needs_gradient
+from ..operators import differentiable, needs_gradient
 from ..steps import step_codes
 
 CHUNK = 64  # as in cpu.c
@@ -82,8 +82,7 @@ def _step() -> Callable[..., None]:
     return function("gated_linear_attention", "gated_linear_attention_step", "p" * 7 + "i" * 9 + "f")
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_linear_attention_cpu", mutates_args=())
-def forward(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -110,7 +109,6 @@ def forward(
     return o, state, kept, denominators
 
 
-@forward.register_fake
 def _empty_outputs(q, k, v, g, bonus, initial, codes, scale, normalize, keep):
     batch, time, heads, width = q.shape
     kv_heads, value_width = v.shape[2:]
@@ -124,8 +122,7 @@ def _empty_outputs(q, k, v, g, bonus, initial, codes, scale, normalize, keep):
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_linear_attention_cpu_backward", mutates_args=())
-def backward(
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -163,7 +160,6 @@ def backward(
     return found
 
 
-@backward.register_fake
 def _empty_gradients(q, k, v, g, bonus, codes, o, kept, denominators, do, dstate, scale, normalize):
     def like(x):
         return q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -182,29 +178,6 @@ def _numbers(q: Tensor, v: Tensor, g: Tensor | None, normalize: bool) -> tuple[i
     return *sizes, kind, int(normalize), torch.get_num_threads(), int(v.dtype == torch.bfloat16)
 
 
-def _remember(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # or zeros as large as the kept states would be made for nothing
-    q, k, v, g, bonus, initial, codes, scale, normalize, _ = inputs
-    o, _, kept, denominators = output
-    ctx.save_for_backward(q, k, v, g, bonus, codes, o, kept, denominators)
-    ctx.options = scale, normalize
-    ctx.given = g is not None, bonus is not None
-    ctx.initial_dtype = None if initial is None else initial.dtype
-    ctx.mark_non_differentiable(kept, denominators)
-
-
-def _gradients(ctx, do, dstate, *_):
-    saved = ctx.saved_tensors
-    o, kept = saved[6:8]
-    do = torch.zeros_like(o) if do is None else do
-    dstate = kept.new_zeros(*kept.shape[:2], *kept.shape[3:]) if dstate is None else dstate
-    dq, dk, dv, dg, dbonus, dinitial = backward(*saved, do, dstate, *ctx.options)
-    has_g, has_bonus = ctx.given
-    return (
-        *(dq, dk, dv, dg if has_g else None, dbonus if has_bonus else None),
-        None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype),
-        *(None, None, None, None),
-    )
-
-
-forward.register_autograd(_gradients, setup_context=_remember)
+forward = differentiable(
+    "gated_linear_attention_cpu", _forward, _backward, _empty_outputs, _empty_gradients, "o state kept denominators"
+)

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ..gpu import interpreted, tuned
-from ..operators import NAMESPACE, needs_gradient
+from ..operators import differentiable, needs_gradient
 from ..steps import step_codes
 from .linear_part import divide
 from .triton_kernels import CHUNK, KEPT, backward_kernel, forward_kernel
@@ -59,8 +59,7 @@ def _current(q: Tensor, k: Tensor, v: Tensor, bonus: Tensor, scale: float, mask:
     return (weights * v[:, :, :, None]).flatten(2, 3)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_linear_attention_triton", mutates_args=())
-def forward(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -95,7 +94,6 @@ def forward(
     return o, state, kept
 
 
-@forward.register_fake
 def _empty_outputs(q, k, v, g, initial, codes, scale, late, keep):
     batch, time, heads, width = q.shape
     kv_heads, columns = v.shape[2:]
@@ -107,8 +105,7 @@ def _empty_outputs(q, k, v, g, initial, codes, scale, late, keep):
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_linear_attention_triton_backward", mutates_args=())
-def backward(
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -151,7 +148,6 @@ def backward(
     return dq.sum(0).to(q.dtype), dk.sum(0).to(k.dtype), dv, dg, dinitial
 
 
-@backward.register_fake
 def _empty_gradients(q, k, v, g, codes, kept, do, dstate, scale, late):
     def like(x):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -207,23 +203,6 @@ def _arguments(
     return (time, heads, kv_heads, width, columns, *strides), constants
 
 
-def _remember(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # or zeros as large as the kept states would be made for nothing
-    q, k, v, g, initial, codes, scale, late, _ = inputs
-    ctx.save_for_backward(q, k, v, g, codes, output[2])
-    ctx.options = scale, late
-    ctx.given = g is not None
-    ctx.initial_dtype = None if initial is None else initial.dtype
-    ctx.mark_non_differentiable(output[2])
-
-
-def _gradients(ctx, do, dstate, _):
-    q, _, v, *_, kept = saved = ctx.saved_tensors
-    do = q.new_zeros(*q.shape[:3], v.shape[3], dtype=torch.float32) if do is None else do
-    dstate = kept.new_zeros(*kept.shape[:2], *kept.shape[3:]) if dstate is None else dstate
-    dq, dk, dv, dg, dinitial = backward(*saved, do, dstate, *ctx.options)
-    initial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
-    return dq, dk, dv, dg if ctx.given else None, initial, None, None, None, None
-
-
-forward.register_autograd(_gradients, setup_context=_remember)
+forward = differentiable(
+    "gated_linear_attention_triton", _forward, _backward, _empty_outputs, _empty_gradients, "o state kept"
+)

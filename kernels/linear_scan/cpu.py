@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import NAMESPACE, needs_gradient
+from ..operators import differentiable, needs_gradient
 from ..steps import step_codes
-from .operators import empty_gradients, empty_outputs, register_autograd
+from .operators import empty_gradients, empty_outputs
 
 
 def linear_scan(
@@ -26,8 +26,7 @@ def linear_scan(
     return h.to(output_dtype), state
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_scan_cpu", mutates_args=())
-def forward(
+def _forward(
     a: Tensor, x: Tensor, initial: Tensor | None, codes: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h, final state, states before each chunk: what backward needs; empty unless `keep`)."""
@@ -43,8 +42,7 @@ def forward(
     return h, state, kept
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_scan_cpu_backward", mutates_args=())
-def backward(
+def _backward(
     a: Tensor, x: Tensor, codes: Tensor | None, kept: Tensor, dh: Tensor, dstate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, x and the initial state."""
@@ -63,9 +61,7 @@ def _numbers(x: Tensor) -> tuple[int, tuple[int, int]]:
     return x.shape[2] * (2 if x.is_complex() else 1), (int(x.is_complex()), int(x.dtype == torch.bfloat16))
 
 
-forward.register_fake(empty_outputs)
-backward.register_fake(empty_gradients)
-register_autograd(forward, backward)
+forward = differentiable("linear_scan_cpu", _forward, _backward, empty_outputs, empty_gradients, "h state kept")
 
 
 @functools.cache

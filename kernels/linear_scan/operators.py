@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -31,19 +28,3 @@ def empty_gradients(a, x, codes, kept, dh, dstate) -> tuple[Tensor, Tensor, Tens
         torch.empty_like(x, memory_format=contiguous),
         torch.empty_like(dstate, memory_format=contiguous),
     )
-
-
-def register_autograd(forward: Any, backward: Callable[..., tuple[Tensor, ...]]) -> None:
-    """Makes `backward` the gradient of `forward` (a, x, initial, codes, keep) -> (h, state, kept)."""
-
-    def remember(ctx, inputs, output):
-        a, x, initial, codes, _ = inputs
-        ctx.save_for_backward(a, x, codes, output[2])
-        ctx.initial_dtype = None if initial is None else initial.dtype
-        ctx.mark_non_differentiable(output[2])
-
-    def gradients(ctx, dh, dstate, _):
-        da, dx, dinitial = backward(*ctx.saved_tensors, dh, dstate)
-        return da, dx, None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype), None, None
-
-    forward.register_autograd(gradients, setup_context=remember)

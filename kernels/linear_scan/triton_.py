@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import tuned
-from ..operators import NAMESPACE, needs_gradient
+from ..operators import differentiable, needs_gradient
 from ..steps import step_codes
-from .operators import CHUNK, empty_gradients, empty_outputs, register_autograd
+from .operators import CHUNK, empty_gradients, empty_outputs
 
 
 @triton.jit
@@ -163,8 +163,7 @@ def _real(x: Tensor | None) -> Tensor | None:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_scan_triton", mutates_args=())
-def forward(
+def _forward(
     a: Tensor, x: Tensor, initial: Tensor | None, codes: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h, final state, states before each chunk: what backward needs; empty unless `keep`)."""
@@ -183,8 +182,7 @@ def forward(
     return h, state, kept
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_scan_triton_backward", mutates_args=())
-def backward(
+def _backward(
     a: Tensor, x: Tensor, codes: Tensor | None, kept: Tensor, dh: Tensor, dstate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, x and the initial state."""
@@ -205,6 +203,4 @@ def backward(
     return da, dx, dinitial
 
 
-forward.register_fake(empty_outputs)
-backward.register_fake(empty_gradients)
-register_autograd(forward, backward)
+forward = differentiable("linear_scan_triton", _forward, _backward, empty_outputs, empty_gradients, "h state kept")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import NAMESPACE, contiguous, needs_gradient
+from ..operators import contiguous, differentiable, needs_gradient
 from ..steps import step_codes
-from .operators import empty_gradients, register_autograd
+from .operators import empty_gradients
 
 CHUNK, TILE, LANES = 32, 4, 16  # as in cpu.c
 
@@ -40,8 +40,7 @@ def selective_scan(
     return y.to(output_dtype), state
 
 
-@torch.library.custom_op(f"{NAMESPACE}::selective_scan_cpu", mutates_args=())
-def forward(
+def _forward(
     x: Tensor,
     dt: Tensor,
     a: Tensor,
@@ -61,7 +60,6 @@ def forward(
     return y, state, kept
 
 
-@forward.register_fake
 def _empty_outputs(x, dt, a, b, c, d, initial, codes, keep):
     batch, time, channels = x.shape
     states = a.shape[1]
@@ -74,8 +72,7 @@ def _empty_outputs(x, dt, a, b, c, d, initial, codes, keep):
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::selective_scan_cpu_backward", mutates_args=())
-def backward(
+def _backward(
     x: Tensor,
     dt: Tensor,
     a: Tensor,
@@ -99,8 +96,7 @@ def backward(
     return dx, ddt, da, db, dc, dd, dinitial
 
 
-backward.register_fake(empty_gradients)
-register_autograd(forward, backward)
+forward = differentiable("selective_scan_cpu", _forward, _backward, _empty_outputs, empty_gradients, "y state kept")
 
 
 def _numbers(x: Tensor, a: Tensor) -> tuple[int, ...]:

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import interpreted, tuned
-from ..operators import NAMESPACE, contiguous, needs_gradient
+from ..operators import contiguous, differentiable, needs_gradient
 from ..steps import step_codes
-from .operators import empty_gradients, register_autograd
+from .operators import empty_gradients
 
 CHUNK = 32  # steps whose states backward makes at once
 
@@ -88,7 +88,7 @@ def _join(
 
 
 @triton.jit
-def _forward(
+def _forward_kernel(
     x, dt, a, b, c, d, starts, codes, y, final, kept, time, width, states, length,
     HAS_D: tl.constexpr, HAS_START: tl.constexpr, KEEP: tl.constexpr,
     CHUNK: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
@@ -127,7 +127,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _backward_kernel(
     x, dt, a, b, c, d, codes, kept, dy, ends, dx, ddt, da, db, dc, dd, dinitial, scratch, time, width, states, length,
     HAS_D: tl.constexpr, CHUNK: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -280,8 +280,7 @@ def selective_scan(
     return y, state
 
 
-@torch.library.custom_op(f"{NAMESPACE}::selective_scan_triton", mutates_args=())
-def forward(
+def _forward(
     x: Tensor,
     dt: Tensor,
     a: Tensor,
@@ -298,7 +297,7 @@ def forward(
 
     def launch(sizes: _Launch) -> None:
         starts = _between(x, dt, a, b, codes, initial, False, sizes)
-        _forward[sizes.grid](
+        _forward_kernel[sizes.grid](
             *(x, dt, a, b, c, d, starts, codes, y, state, kept if keep else None, *x.shape[1:], a.shape[1]),
             *(sizes.length,),
             HAS_D=d is not None, HAS_START=starts is not None, KEEP=keep,
@@ -309,7 +308,6 @@ def forward(
     return y, state, kept
 
 
-@forward.register_fake
 def _empty_outputs(x, dt, a, b, c, d, initial, codes, keep):
     batch, time, width = x.shape
     chunks = -(-time // CHUNK) if keep else 0
@@ -320,8 +318,7 @@ def _empty_outputs(x, dt, a, b, c, d, initial, codes, keep):
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::selective_scan_triton_backward", mutates_args=())
-def backward(
+def _backward(
     x: Tensor,
     dt: Tensor,
     a: Tensor,
@@ -346,7 +343,7 @@ def backward(
         db, dc = (a.new_empty(across, batch, time, states) for _ in range(2))
         scratch = a.new_empty(batch * segments * across * CHUNK * sizes.blocks["BD"] * sizes.blocks["BN"])
         ends = _between(dy, dt, a, c, codes, dstate, True, sizes)
-        _backward[sizes.grid](
+        _backward_kernel[sizes.grid](
             *(x, dt, a, b, c, d, codes, kept, dy, ends, dx, ddt, da, db, dc, dd, dinitial, scratch),
             *(time, width, states, sizes.length),
             HAS_D=d is not None, CHUNK=CHUNK, **sizes.blocks, num_warps=sizes.warps,
@@ -359,5 +356,4 @@ def backward(
     return dx, ddt, da.sum((0, 1)), db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype), grad_d, dinitial
 
 
-backward.register_fake(empty_gradients)
-register_autograd(forward, backward)
+forward = differentiable("selective_scan_triton", _forward, _backward, _empty_outputs, empty_gradients, "y state kept")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import NAMESPACE, needs_gradient
+from ..operators import differentiable, needs_gradient
 from ..steps import step_codes
 
 LANES, MOST_TAPS = 16, 16  # as in cpu.c
@@ -61,17 +61,12 @@ def _forward(
     return y, state
 
 
-forward = torch.library.custom_op(f"{NAMESPACE}::short_conv_cpu", _forward, mutates_args=())
-
-
-@forward.register_fake
 def _empty_outputs(x, weight, bias, initial, codes, silu):
     batch, _, channels = x.shape
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(batch, channels, weight.shape[1] - 1)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::short_conv_cpu_backward", mutates_args=())
-def backward(
+def _backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -90,7 +85,6 @@ def backward(
     return gradients
 
 
-@backward.register_fake
 def _empty_gradients(x, weight, bias, initial, codes, silu, dy, dstate):
     channels, taps = weight.shape
     return (
@@ -115,19 +109,7 @@ def _numbers(x: Tensor, weight: Tensor, silu: bool) -> tuple[int, ...]:
     return (*x.shape, weight.shape[1], silu, torch.get_num_threads(), x.dtype == torch.bfloat16)
 
 
-def _remember(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5])
-    ctx.silu = inputs[5]
-
-
-def _gradients(ctx, dy, dstate):
-    inputs = ctx.saved_tensors
-    gradients = backward(*inputs, ctx.silu, dy, dstate)
-    kept = [None if x is None else g.to(x.dtype) for x, g in zip(inputs[:4], gradients, strict=True)]
-    return *kept, None, None
-
-
-forward.register_autograd(_gradients, setup_context=_remember)
+forward = differentiable("short_conv_cpu", _forward, _backward, _empty_outputs, _empty_gradients, "y state")
 
 
 def short_conv_step(*, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None) -> Tensor:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import tuned
-from ..operators import NAMESPACE
+from ..operators import differentiable
 from ..steps import document_starts, take, valid_first
 
 FLOAT = torch.float32
@@ -219,8 +219,7 @@ def _ready(x, weight, bias, state, ages):
     return x, weight, bias, state.contiguous(), x if ages is None else ages.contiguous()
 
 
-@torch.library.custom_op(f"{NAMESPACE}::short_conv_triton", mutates_args=())
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ages: Tensor | None, silu: bool) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ages: Tensor | None, silu: bool) -> Tensor:
     """y (B, T, D)."""
     y = _empty_output(x, weight, bias, state, ages, silu)
     ready = _ready(x, weight, bias, state, ages)
@@ -232,13 +231,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ages:
     return y
 
 
-@forward.register_fake
 def _empty_output(x, weight, bias, state, ages, silu):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::short_conv_triton_backward", mutates_args=())
-def backward(
+def _backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, ages: Tensor | None, silu: bool, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, the weight, the bias (also where there is none) and the state."""
@@ -257,7 +254,6 @@ def backward(
     return dx, total[:taps].t().contiguous(), total[taps].clone(), dstate
 
 
-@backward.register_fake
 def _empty_gradients(x, weight, bias, state, ages, silu, dy):
     contiguous = torch.contiguous_format
     return (
@@ -268,16 +264,4 @@ def _empty_gradients(x, weight, bias, state, ages, silu, dy):
     )
 
 
-def _remember(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5])
-    ctx.silu = inputs[5]
-
-
-def _gradients(ctx, dy):
-    inputs = ctx.saved_tensors
-    gradients = backward(*inputs, ctx.silu, dy)
-    kept = [None if x is None else g.to(x.dtype) for x, g in zip(inputs[:4], gradients, strict=True)]
-    return *kept, None, None
-
-
-forward.register_autograd(_gradients, setup_context=_remember)
+forward = differentiable("short_conv_triton", _forward, _backward, _empty_output, _empty_gradients, "y")

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import NAMESPACE, contiguous, needs_gradient
+from ..operators import contiguous, differentiable, needs_gradient
 from ..steps import step_codes
+from .operators import empty_gradients, empty_outputs
 from .state import SoftmaxState
-
-CHUNK = 16  # as in cpu.c
 
 
 def softmax_scan(
@@ -39,8 +38,7 @@ def softmax_scan(
     return out.to(output_dtype), SoftmaxState(*final)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::softmax_scan_cpu", mutates_args=())
-def forward(
+def _forward(
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
@@ -52,7 +50,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, the final state's three tensors, states before each chunk: what backward needs; empty unless `keep`)."""
-    out, *final, kept = _empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, keep)
+    out, *final, kept = empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, keep)
     inputs = contiguous(k, v, decay, bonus, maximum, numerator, denominator, codes)
     function("softmax_scan", "softmax_scan_forward", "p" * 13 + "i" * 6)(
         *(pointer(x) for x in (*inputs, out, *final)), pointer(kept) if keep else None, *_sizes(k, v)
@@ -60,22 +58,7 @@ def forward(
     return out, *final, kept
 
 
-@forward.register_fake
-def _empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, keep):
-    batch, time, heads, width = v.shape
-    scores, single = k.shape[3], torch.float32
-    chunks = -(-time // CHUNK) if keep else 0
-    return (
-        torch.empty_like(v, memory_format=torch.contiguous_format),
-        v.new_empty(batch, heads, scores, dtype=single),
-        v.new_empty(batch, heads, width, dtype=single),
-        v.new_empty(batch, heads, scores, dtype=single),
-        v.new_empty(batch, chunks, heads * (2 * scores + width), dtype=single),
-    )
-
-
-@torch.library.custom_op(f"{NAMESPACE}::softmax_scan_cpu_backward", mutates_args=())
-def backward(
+def _backward(
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
@@ -88,21 +71,12 @@ def backward(
     ddenominator: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, decay, bonus and the initial state's three tensors."""
-    gradients = _empty_gradients(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)
+    gradients = empty_gradients(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)
     inputs = contiguous(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)
     function("softmax_scan", "softmax_scan_backward", "p" * 17 + "i" * 6)(
         *(pointer(x) for x in (*inputs, *gradients)), *_sizes(k, v)
     )
     return gradients
-
-
-@backward.register_fake
-def _empty_gradients(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator):
-    like = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v, dmaximum, dnumerator, ddenominator)
-    ]
-    parameters = [dmaximum.new_empty(k.shape[2:]) for _ in range(2)]
-    return (*like[:2], *parameters, *like[2:])
 
 
 def _sizes(k: Tensor, v: Tensor) -> tuple[int, ...]:
@@ -111,19 +85,9 @@ def _sizes(k: Tensor, v: Tensor) -> tuple[int, ...]:
     return batch, time, heads * scores, v.shape[3] // scores, torch.get_num_threads(), int(v.dtype == torch.bfloat16)
 
 
-def _remember(ctx, inputs, output):
-    k, v, decay, bonus, maximum, _, _, codes, _ = inputs
-    ctx.save_for_backward(k, v, decay, bonus, codes, output[4])
-    ctx.given = decay is not None, bonus is not None, *[maximum is not None] * 3
-    ctx.mark_non_differentiable(output[4])
-
-
-def _gradients(ctx, dout, dmaximum, dnumerator, ddenominator, _):
-    dk, dv, *others = backward(*ctx.saved_tensors, dout, dmaximum, dnumerator, ddenominator)
-    return dk, dv, *(x if given else None for x, given in zip(others, ctx.given, strict=True)), None, None
-
-
-forward.register_autograd(_gradients, setup_context=_remember)
+forward = differentiable(
+    "softmax_scan_cpu", _forward, _backward, empty_outputs, empty_gradients, "out maximum numerator denominator kept"
+)
 
 
 @functools.cache

@@ -17,11 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu import tuned
-from ..operators import NAMESPACE, contiguous, needs_gradient
+from ..operators import contiguous, differentiable, needs_gradient
 from ..steps import step_codes
+from .operators import CHUNK, empty_gradients, empty_outputs
 from .state import SoftmaxState
-
-CHUNK = 16
 
 
 @triton.jit
@@ -258,8 +257,7 @@ def _numbers(k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     return time, heads, width, heads * k.shape[3]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::softmax_scan_triton", mutates_args=())
-def forward(
+def _forward(
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
@@ -271,7 +269,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, the final state's three tensors, states before each chunk: what backward needs; empty unless `keep`)."""
-    outputs = _empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, keep)
+    outputs = empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, keep)
     inputs = contiguous(k, v, decay, bonus, maximum, numerator, denominator, codes)
     given = [x is not None for x in (decay, bonus, maximum, codes)]
 
@@ -285,22 +283,7 @@ def forward(
     return outputs
 
 
-@forward.register_fake
-def _empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, keep):
-    batch, time, heads, width = v.shape
-    scores, single = k.shape[3], torch.float32
-    chunks = -(-time // CHUNK) if keep else 0
-    return (
-        torch.empty_like(v, memory_format=torch.contiguous_format),
-        v.new_empty(batch, heads, scores, dtype=single),
-        v.new_empty(batch, heads, width, dtype=single),
-        v.new_empty(batch, heads, scores, dtype=single),
-        v.new_empty(batch, chunks, heads * (2 * scores + width), dtype=single),
-    )
-
-
-@torch.library.custom_op(f"{NAMESPACE}::softmax_scan_triton_backward", mutates_args=())
-def backward(
+def _backward(
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
@@ -312,8 +295,12 @@ def backward(
     dnumerator: Tensor,
     ddenominator: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of k, v, decay and bonus (of each batch row), and the initial state's three tensors."""
-    gradients = _empty_gradients(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)
+    """Gradients of k, v, decay, bonus and the initial state's three tensors."""
+    dk, dv, *_, to_maximum, to_numerator, to_denominator = empty_gradients(
+        k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator
+    )
+    ddecay, dbonus = (torch.empty_like(to_maximum) for _ in range(2))  # of each batch row
+    gradients = dk, dv, ddecay, dbonus, to_maximum, to_numerator, to_denominator
     inputs = contiguous(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)
     given = [x is not None for x in (decay, bonus, codes)]
 
@@ -325,31 +312,9 @@ def backward(
 
     with torch.cuda.device_of(v):
         launch(_sizes("backward", k, v, launch))
-    return gradients
+    return dk, dv, ddecay.sum(0), dbonus.sum(0), to_maximum, to_numerator, to_denominator
 
 
-@backward.register_fake
-def _empty_gradients(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator):
-    like = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v, dmaximum, dnumerator, ddenominator)
-    ]
-    parameters = [torch.empty_like(like[2]) for _ in range(2)]
-    return (*like[:2], *parameters, *like[2:])
-
-
-def _remember(ctx, inputs, output):
-    k, v, decay, bonus, maximum, _, _, codes, _ = inputs
-    ctx.save_for_backward(k, v, decay, bonus, codes, output[4])
-    ctx.given = maximum is not None
-    ctx.mark_non_differentiable(output[4])
-
-
-def _gradients(ctx, dout, dmaximum, dnumerator, ddenominator, _):
-    k, v, decay, bonus, codes, kept = ctx.saved_tensors
-    gradients = backward(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator)
-    dk, dv, ddecay, dbonus, *dstate = gradients
-    dparameters = (None if x is None else dx.sum(0) for x, dx in ((decay, ddecay), (bonus, dbonus)))
-    return dk, dv, *dparameters, *(dstate if ctx.given else [None] * 3), None, None
-
-
-forward.register_autograd(_gradients, setup_context=_remember)
+forward = differentiable(
+    "softmax_scan_triton", _forward, _backward, empty_outputs, empty_gradients, "out maximum numerator denominator kept"
+)
