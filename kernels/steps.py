@@ -6,11 +6,14 @@ call continues the initial state whatever its id.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Documents", "document_starts", "step_codes", "take", "valid_first"]
+__all__ = ["Documents", "document_starts", "one_step", "step_codes", "take", "valid_first"]
 
 
 def document_starts(seq_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -63,3 +66,22 @@ class Documents:
         self.last = torch.where(valid, ids, self.last)
         self.seen = self.seen | valid
         return valid, begins
+
+
+def one_step(loop: Callable[..., tuple[Tensor, Any]], *inputs: str) -> Callable[..., Tensor]:
+    """The step of decoding of which `loop` is the whole sequence: its output for one token, the state changed in place.
+
+    Args:
+        inputs: names of the arguments that have a row for each token (and one of them may be a constant, of one axis).
+    """
+
+    @torch.no_grad()
+    def step(*, state: Any, **call: Any) -> Tensor:
+        rows = {name: call[name][:, None] for name in inputs if call[name] is not None and call[name].ndim > 1}
+        output, after = loop(**call | rows, initial_state=state, seq_ids=None, mask=None)
+        single = isinstance(state, Tensor)
+        for old, new in [(state, after)] if single else zip(state, after, strict=True):
+            old.copy_(new)
+        return output[:, 0]
+
+    return step

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..linear_scan.chunked import scan_dtype
+from ..dtypes import state_dtype
 from ..steps import document_starts
 
 
@@ -20,7 +20,7 @@ def block_scan(
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.block_scan`."""
     batch, time, blocks, width = x.shape
-    dtype, output_dtype = scan_dtype(x.dtype), x.dtype
+    dtype, output_dtype = state_dtype(x.dtype), x.dtype
     a, x = a.to(dtype), x.to(dtype)
     if seq_ids is not None:
         a = torch.where(document_starts(seq_ids, mask)[..., None, None, None], 0.0, a)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linear_scan.chunked import scan_dtype
-from ..steps import Documents
+from ..dtypes import state_dtype
+from ..steps import Documents, one_step
 
 
 def block_scan(
@@ -14,7 +14,7 @@ def block_scan(
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.block_scan`."""
     batch, time, blocks, width = x.shape
-    dtype = scan_dtype(x.dtype)
+    dtype = state_dtype(x.dtype)
     h = x.new_zeros(batch, blocks, width, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     documents = Documents(batch, seq_ids, mask, x.device)
     outputs = []
@@ -28,9 +28,4 @@ def block_scan(
     return torch.stack(outputs, dim=1).to(x.dtype), h
 
 
-@torch.no_grad()
-def block_scan_step(*, a: Tensor, x: Tensor, state: Tensor) -> Tensor:
-    """See `kernels.block_scan_step`."""
-    h, after = block_scan(a=a[:, None], x=x[:, None], initial_state=state, seq_ids=None, mask=None)
-    state.copy_(after)
-    return h[:, 0]
+block_scan_step = one_step(block_scan, "a", "x")

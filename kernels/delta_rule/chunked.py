@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dtypes import state_dtype
 from ..steps import document_starts
-from .reference import state_dtype
 
 
 def delta_rule(

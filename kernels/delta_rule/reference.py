@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..steps import Documents
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the state: float64 for float64 inputs, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from ..dtypes import state_dtype
+from ..steps import Documents, one_step
 
 
 def delta_rule(
@@ -51,13 +47,4 @@ def delta_rule(
     return torch.stack(outputs, dim=1).to(v.dtype), state
 
 
-@torch.no_grad()
-def delta_rule_step(
-    *, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, state: Tensor, scale: float
-) -> Tensor:
-    """See `kernels.delta_rule_step`."""
-    q, k, v, a, b = (x[:, None] for x in (q, k, v, a, b))
-    g = None if g is None else g[:, None]
-    o, after = delta_rule(q=q, k=k, v=v, a=a, b=b, g=g, scale=scale, initial_state=state, seq_ids=None, mask=None)
-    state.copy_(after)
-    return o[:, 0]
+delta_rule_step = one_step(delta_rule, "q", "k", "v", "a", "b", "g")

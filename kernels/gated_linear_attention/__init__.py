@@ -21,7 +21,7 @@ from ..dispatch import dispatch, dispatch_alike
 from ..errors import RnnzooError, ShapeError
 from ..registration import register_backends
 from . import chunked, cpu, reference
-from .state import Window, WindowState, ring_positions, ring_slots, state_dtype
+from .state import Window, WindowState, ring_positions, ring_slots
 
 __all__ = [
     "Window",
@@ -30,7 +30,6 @@ __all__ = [
     "gated_linear_attention_step",
     "ring_positions",
     "ring_slots",
-    "state_dtype",
 ]
 
 

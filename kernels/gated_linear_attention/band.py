@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .state import state_dtype
+from ..dtypes import state_dtype
 
 TILE = 1 << 18  # scores per tile on a CPU: one megabyte in float32, so that a tile stays in the cache
 NOWHERE = -(1 << 50)  # where a document begins that no step belongs to

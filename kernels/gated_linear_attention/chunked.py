@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import state_dtype
 from ..steps import document_starts
 from .linear_part import divide, gated_linear_attention_step, linear_attention
-from .state import Window, WindowState, state_dtype
+from .state import Window, WindowState
 from .window import windowed_attention
 
 __all__ = ["gated_linear_attention", "gated_linear_attention_step"]

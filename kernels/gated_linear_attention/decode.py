@@ -11,8 +11,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..dtypes import state_dtype
 from .linear_part import divide
-from .state import LOWEST_SHIFT, Window, WindowState, ring_heads, ring_layout, ring_slots, state_dtype
+from .state import LOWEST_SHIFT, Window, WindowState, ring_heads, ring_layout, ring_slots
 
 
 @lru_cache(maxsize=256)

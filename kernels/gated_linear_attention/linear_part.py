@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .state import state_dtype
+from ..dtypes import state_dtype
 
 CHUNK = 64
 CHUNK_PER_CHANNEL = 16  # the decays of all pairs of steps are formed for every channel

@@ -5,14 +5,16 @@ Everything is computed in float32, or in float64 where v is float64.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..steps import Documents
-from .state import LOWEST_SHIFT, Window, WindowState, ring_positions, ring_slots, state_dtype
+from ..dtypes import state_dtype
+from ..steps import Documents, one_step
+from .state import LOWEST_SHIFT, Window, WindowState, ring_positions, ring_slots
 
 
 def gated_linear_attention(
@@ -63,24 +65,7 @@ def gated_linear_attention(
     return o.to(output_dtype), s
 
 
-@torch.no_grad()
-def gated_linear_attention_step(
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    state: Tensor,
-    bonus: Tensor | None,
-    scale: float,
-    normalize: bool,
-) -> Tensor:
-    """See `kernels.gated_linear_attention_step`."""
-    g = g if g is None or g.ndim == 1 else g[:, None]
-    options = {"bonus": bonus, "scale": scale, "normalize": normalize, "window": None, "seq_ids": None, "mask": None}
-    o, after = gated_linear_attention(q=q[:, None], k=k[:, None], v=v[:, None], g=g, initial_state=state, **options)
-    state.copy_(after)
-    return o[:, 0]
+gated_linear_attention_step = one_step(functools.partial(gated_linear_attention, window=None), "q", "k", "v", "g")
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..dtypes import state_dtype
+
 __all__ = [
     "Window",
     "WindowState",
@@ -20,7 +22,6 @@ __all__ = [
     "ring_offsets",
     "ring_positions",
     "ring_slots",
-    "state_dtype",
 ]
 
 # With anchor "absolute" softmax part and linear part are both divided by exp(shift), which cancels. The shift is the
@@ -111,11 +112,6 @@ class WindowState:
             return torch.where(keep.view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
 
         return replace(self, **{name: pick(name) for name in self.__dataclass_fields__})
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 states for float64 inputs, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def ring_offsets(lengths: tuple[int, ...]) -> list[int]:

@@ -12,14 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dtypes import state_dtype
 from ..steps import document_starts
-
-
-def scan_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the state: float32, float64, complex64 or complex128."""
-    if dtype.is_complex:
-        return torch.complex128 if dtype == torch.complex128 else torch.complex64
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def linear_scan(
@@ -27,7 +21,7 @@ def linear_scan(
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.linear_scan`."""
     batch, time, channels = x.shape
-    dtype = scan_dtype(x.dtype)
+    dtype = state_dtype(x.dtype)
     output_dtype = x.dtype
     a, x = a.to(dtype), x.to(dtype)
     if seq_ids is not None:

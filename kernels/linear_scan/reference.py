@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..steps import Documents
-from .chunked import scan_dtype
+from ..dtypes import state_dtype
+from ..steps import Documents, one_step
 
 
 def linear_scan(
@@ -14,7 +14,7 @@ def linear_scan(
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.linear_scan`."""
     batch, time, channels = x.shape
-    dtype = scan_dtype(x.dtype)
+    dtype = state_dtype(x.dtype)
     h = x.new_zeros(batch, channels, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     documents = Documents(batch, seq_ids, mask, x.device)
     outputs = []
@@ -27,9 +27,4 @@ def linear_scan(
     return torch.stack(outputs, dim=1).to(x.dtype), h
 
 
-@torch.no_grad()
-def linear_scan_step(*, a: Tensor, x: Tensor, state: Tensor) -> Tensor:
-    """See `kernels.linear_scan_step`."""
-    h, after = linear_scan(a=a[:, None], x=x[:, None], initial_state=state, seq_ids=None, mask=None)
-    state.copy_(after)
-    return h[:, 0]
+linear_scan_step = one_step(linear_scan, "a", "x")

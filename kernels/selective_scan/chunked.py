@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..linear_scan.chunked import linear_scan, scan_dtype
+from ..dtypes import state_dtype
+from ..linear_scan.chunked import linear_scan
 from ..steps import document_starts
 
 CHUNK = 64
@@ -30,7 +31,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.selective_scan`."""
     batch, _, channels = x.shape
-    dtype, output_dtype = scan_dtype(x.dtype), x.dtype
+    dtype, output_dtype = state_dtype(x.dtype), x.dtype
     x, dt, a, b, c = (tensor.to(dtype) for tensor in (x, dt, a, b, c))
     if mask is not None:  # dt = 0: the decay is 1 and nothing comes in
         x, dt, b, c = (torch.where(mask[..., None], tensor, 0.0) for tensor in (x, dt, b, c))

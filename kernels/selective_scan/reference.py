@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linear_scan.chunked import scan_dtype
-from ..steps import Documents
+from ..dtypes import state_dtype
+from ..steps import Documents, one_step
 
 
 def selective_scan(
@@ -23,7 +23,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.selective_scan`."""
     batch, time, channels = x.shape
-    dtype = scan_dtype(x.dtype)
+    dtype = state_dtype(x.dtype)
     a = a.to(dtype)
     d = a.new_zeros(channels) if d is None else d.to(dtype)
     h = a.new_zeros(batch, channels, a.shape[1]) if initial_state is None else initial_state.to(dtype)
@@ -40,12 +40,4 @@ def selective_scan(
     return torch.stack(outputs, dim=1).to(x.dtype), h
 
 
-@torch.no_grad()
-def selective_scan_step(
-    *, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, state: Tensor
-) -> Tensor:
-    """See `kernels.selective_scan_step`."""
-    x, dt, b, c = (values[:, None] for values in (x, dt, b, c))
-    y, after = selective_scan(x=x, dt=dt, a=a, b=b, c=c, d=d, initial_state=state, seq_ids=None, mask=None)
-    state.copy_(after)
-    return y[:, 0]
+selective_scan_step = one_step(selective_scan, "x", "dt", "b", "c")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..steps import Documents
+from ..steps import Documents, one_step
 
 
 def short_conv(
@@ -39,10 +39,4 @@ def short_conv(
     return torch.stack(outputs, dim=1), state
 
 
-@torch.no_grad()
-def short_conv_step(*, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None) -> Tensor:
-    """See `kernels.short_conv.short_conv_step`."""
-    options = {"activation": activation, "initial_state": state, "seq_ids": None, "mask": None}
-    y, after = short_conv(x=x[:, None], weight=weight, bias=bias, **options)
-    state.copy_(after)
-    return y[:, 0]
+short_conv_step = one_step(short_conv, "x")

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dtypes import state_dtype
 from ..steps import document_starts
 from .reference import add
-from .state import SoftmaxState, exponent_of, float_dtype, initial
+from .state import SoftmaxState, exponent_of, initial
 
 NEVER = float("-inf")  # the score of a step that is not there, the decay before a document's first step
 
@@ -31,7 +32,7 @@ def softmax_scan(
     mask: Tensor | None,
 ) -> tuple[Tensor, SoftmaxState]:
     """See `kernels.softmax_scan`."""
-    dtype, output_dtype = float_dtype(v), v.dtype
+    dtype, output_dtype = state_dtype(v.dtype), v.dtype
     state = initial(k, v, initial_state, dtype)
     k, v = k.to(dtype), v.to(dtype)
     decay = k.new_zeros(k.shape[2:]) if decay is None else decay.to(dtype)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..steps import Documents
-from .state import SoftmaxState, exponent_of, float_dtype, initial
+from ..dtypes import state_dtype
+from ..steps import Documents, one_step
+from .state import SoftmaxState, exponent_of, initial
 
 
 def softmax_scan(
@@ -21,7 +22,7 @@ def softmax_scan(
 ) -> tuple[Tensor, SoftmaxState]:
     """See `kernels.softmax_scan`."""
     batch, time = k.shape[:2]
-    dtype = float_dtype(v)
+    dtype = state_dtype(v.dtype)
     state = initial(k, v, initial_state, dtype)
     empty = initial(k, v, None, dtype)
     decay = k.new_zeros(k.shape[2:], dtype=dtype) if decay is None else decay.to(dtype)
@@ -47,14 +48,4 @@ def add(state: SoftmaxState, decay: Tensor, score: Tensor, value: Tensor) -> Sof
     return SoftmaxState(maximum, old * state.numerator + new * value, old * state.denominator + new)
 
 
-@torch.no_grad()
-def softmax_scan_step(
-    *, k: Tensor, v: Tensor, state: SoftmaxState, decay: Tensor | None, bonus: Tensor | None
-) -> Tensor:
-    """See `kernels.softmax_scan_step`."""
-    out, after = softmax_scan(
-        k=k[:, None], v=v[:, None], decay=decay, bonus=bonus, initial_state=state, seq_ids=None, mask=None
-    )
-    for old, new in zip(state, after, strict=True):
-        old.copy_(new)
-    return out[:, 0]
+softmax_scan_step = one_step(softmax_scan, "k", "v")

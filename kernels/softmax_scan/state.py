@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SoftmaxState", "exponent_of", "float_dtype", "initial"]
+__all__ = ["SoftmaxState", "exponent_of", "initial"]
 
 
 class SoftmaxState(NamedTuple):
@@ -21,11 +21,6 @@ class SoftmaxState(NamedTuple):
     maximum: Tensor
     numerator: Tensor
     denominator: Tensor
-
-
-def float_dtype(v: Tensor) -> torch.dtype:
-    """Of the state: float32, float64 for values in float64."""
-    return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
 def initial(k: Tensor, v: Tensor, state: SoftmaxState | None, dtype: torch.dtype) -> SoftmaxState:

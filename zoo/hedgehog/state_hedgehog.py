@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.block_floating_point import Packed, pack
-from ...kernels.gated_linear_attention import WindowState, state_dtype
+from ...kernels.dtypes import state_dtype
+from ...kernels.gated_linear_attention import WindowState
 from ..core.mixer import MixerState
 
 
