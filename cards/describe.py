@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.errors import RnnzooError
+from ..kernels.files import object_or_nothing, read_object
 
-__all__ = ["describe", "json_or_nothing", "said_by_publisher"]
+__all__ = ["describe", "said_by_publisher"]
 
 HEADER_BYTES = 100_000_000  # safetensors' own limit
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -33,7 +34,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def _model(folder: Path) -> dict[str, Any]:
-    config = _json(folder / "config.json")
+    config = read_object(folder / "config.json", "save the model again")
     kind = str(config.get("model_type") or "")
     classes = config.get("architectures") or [None]
     model: dict[str, Any] = {
@@ -51,7 +52,7 @@ def _model(folder: Path) -> dict[str, Any]:
 
 def _adapter(folder: Path) -> dict[str, Any]:
     """The base is a Hub id, or the name of a folder: never the path of the machine that trained."""
-    config = _json(folder / "adapter_config.json")
+    config = read_object(folder / "adapter_config.json", "save the model again")
     base = str(config.get("base_model_name_or_path") or "")
     targets = config.get("target_modules") or []
     known = {
@@ -66,27 +67,8 @@ def _adapter(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in (known | _weights(folder, "adapter*.safetensors")).items() if value}
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RnnzooError(f"{file} is not readable JSON ({error}): save the model again.") from None
-    if not isinstance(value, dict):
-        raise RnnzooError(f"{file} does not hold a JSON object: save the model again.")
-    return value
-
-
-def json_or_nothing(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is none that can be read."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _chats(folder: Path) -> bool:
-    in_config = json_or_nothing(folder / "tokenizer_config.json").get("chat_template")
+    in_config = object_or_nothing(folder / "tokenizer_config.json").get("chat_template")
     return any(folder.glob("chat_template*")) or bool(in_config)
 
 

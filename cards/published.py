@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.errors import RnnzooError
-from ..kernels.files import check_safetensors
+from ..kernels.files import check_safetensors, read_object
 
 __all__ = ["PublishedFile", "local_paths", "published_files", "read_results", "stale_weights", "with_contents"]
 
@@ -90,13 +90,7 @@ def read_results(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / "results.json"
     if not path.is_file():
         return None
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RnnzooError(f"{path} is not readable ({error}): run rnnzoo eval again.") from None
-    if not isinstance(results, dict):
-        raise RnnzooError(f"{path} holds no JSON object: run rnnzoo eval again.")
-    return results
+    return read_object(path, "run rnnzoo eval again")
 
 
 def local_paths(folder: str | Path) -> list[str]:

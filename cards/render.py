@@ -11,11 +11,11 @@ from typing import Any
 import jinja2
 
 from ..kernels.errors import RnnzooError
-from ..kernels.files import replace_text
+from ..kernels.files import object_or_nothing, replace_text
 from . import commands
 from .chain import licence_chain, licence_words
 from .citations import citations
-from .describe import describe, json_or_nothing
+from .describe import describe
 from .formats import NOT_MEASURED, cell, count, duration, number, size
 from .handwritten import kept_notes
 from .limits import limits
@@ -119,7 +119,7 @@ def render_card(
         results["publish"] = (results.get("publish") or {}) | said
     shown = _filled(results, folder, facts)
     plots = write_plots(shown, folder)
-    standalone = bool(json_or_nothing(folder / "config.json").get("auto_map"))
+    standalone = bool(object_or_nothing(folder / "config.json").get("auto_map"))
     text = render_text(shown, plots, notes=notes, standalone=standalone)
     problems = validate_card(text, folder)
     if problems:

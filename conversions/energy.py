@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.errors import RnnzooError
-from ..kernels.files import replace_text
+from ..kernels.files import object_or_nothing, replace_text
 
 __all__ = ["check_energy", "energy_record", "measured_energy"]
 
@@ -43,10 +43,7 @@ def check_energy(country: str | None) -> None:
 
 def energy_record(folder: Path) -> dict[str, Any] | None:
     """{energy_kwh, emissions_kg, seconds, country, source} of a run so far; None: it was not measured."""
-    try:
-        return json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    return object_or_nothing(folder / FILE) or None
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what a weight file says of itself unread; plain Python."""
+"""Files that are written whole or not at all, JSON, and what a weight file says of itself unread; plain Python."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import RnnzooError
 
-__all__ = ["check_safetensors", "replace_text", "replacing"]
+__all__ = ["check_safetensors", "object_or_nothing", "read_object", "replace_text", "replacing"]
 
 
 @contextmanager
@@ -36,6 +37,29 @@ def replace_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        RnnzooError: it cannot be read, or holds something else; `remedy` says what to do.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise RnnzooError(f"{path} is not readable JSON ({error}); {remedy}.") from None
+    return value
+
+
+def object_or_nothing(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none that can be read."""
+    try:
+        return read_object(path, "")
+    except RnnzooError:
+        return {}
 
 
 def check_safetensors(path: Path, remedy: str = "download it again") -> None:

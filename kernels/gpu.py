@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .cache import build_folder, cache_root
+from .files import object_or_nothing
 from .operators import unfit
 
 __all__ = ["interpreted", "priority", "problem", "supports", "tuned"]
@@ -91,10 +92,7 @@ _known: dict[str, dict[str, dict[str, int]]] = {}
 
 def _read(device: str, fresh: bool = False) -> dict[str, dict[str, int]]:
     if fresh or device not in _known:
-        try:
-            _known[device] = json.loads(_path(device).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none yet, or unreadable: measured again
-            _known[device] = {}
+        _known[device] = object_or_nothing(_path(device))  # none yet, or unreadable: measured again
     return _known[device]
 
 

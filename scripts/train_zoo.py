@@ -24,17 +24,14 @@ from rnnzoo.benchmarks.learning_report import draw, table
 from rnnzoo.cli.quantities import COUNT
 from rnnzoo.conversions.memory import keep_freed_memory
 from rnnzoo.kernels.errors import RnnzooError
-from rnnzoo.kernels.files import replace_text
+from rnnzoo.kernels.files import object_or_nothing, replace_text
 from rnnzoo.zoo.core.registry import architectures
 
 
 def finished(path: Path, asked: dict[str, Any]) -> bool:
     """Whether the file holds a result for just these settings."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return all(record.get(name) == value for name, value in asked.items())
+    record = object_or_nothing(path)
+    return bool(record) and all(record.get(name) == value for name, value in asked.items())
 
 
 def show(out: Path) -> None:

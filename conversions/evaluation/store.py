@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import RnnzooError
-from ...kernels.files import replace_text
+from ...kernels.files import read_object, replace_text
 
 __all__ = ["Store", "folder_sha256", "read_json", "write_json"]
 
@@ -36,15 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         RnnzooError: the file is not a JSON object.
     """
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RnnzooError(f"{path} is not readable JSON ({error}): delete it and run again.") from None
-    if not isinstance(value, dict):
-        raise RnnzooError(f"{path} does not hold a JSON object: delete it and run again.")
-    return value
+    return read_object(path, "delete it and run again") if path.exists() else {}
 
 
 class Store:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ...kernels.errors import RnnzooError
-from ...kernels.files import check_safetensors
+from ...kernels.files import check_safetensors, read_object
 from . import embedded
 from .card import stated_in_card
 from .families import FAMILIES, Family, count_parameters, family_of
@@ -177,12 +177,7 @@ def _read_config(folder: Path, source: str) -> tuple[Family, PreTrainedConfig]:
         raise RnnzooError(
             f"{source} has no config.json, so it is not a model folder; give a folder, GGUF file or Hub id."
         )
-    try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise RnnzooError(f"{file} is not readable JSON ({error}); download the model again.") from error
+    raw = read_object(file, "download the model again")
     family = family_of(raw, source)
     try:
         return family, family.config_class.from_pretrained(folder)

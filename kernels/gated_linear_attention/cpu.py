@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..native import function, pointer
-from ..operators import differentiable, needs_gradient
+from ..operators import contiguous, differentiable, needs_gradient
 from ..steps import step_codes
 
 CHUNK = 64  # as in cpu.c
@@ -59,9 +59,8 @@ def gated_linear_attention_step(
     dtype = v.dtype
     if q.dtype != dtype or k.dtype != dtype:
         q, k, v = q.float(), k.float(), v.float()
-    kind = NO_DECAY
+    kind = _kind(g)
     if g is not None:
-        kind = CONSTANT if g.ndim == 1 else PER_CHANNEL if g.shape[-1] > 1 else PER_HEAD
         g = g.float().contiguous()
     if bonus is not None:
         bonus = bonus.float().contiguous()
@@ -96,11 +95,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(o, final state, states before each chunk, denominators): the last two for backward, empty unless `keep`."""
     o, state, kept, denominators = _empty_outputs(q, k, v, g, bonus, initial, codes, scale, normalize, keep)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    g, bonus = (None if x is None else x.contiguous() for x in (g, bonus))
-    initial = None if initial is None else initial.to(torch.float32).contiguous()
+    initial = None if initial is None else initial.to(torch.float32)
+    inputs = contiguous(q, k, v, g, bonus, initial, codes)
     function("gated_linear_attention", "gated_linear_attention_forward", "p" * 11 + "i" * 10 + "f")(
-        *(pointer(x) for x in (q, k, v, g, bonus, initial, codes, o, state)),
+        *(pointer(x) for x in (*inputs, o, state)),
         pointer(kept) if keep else None,
         pointer(denominators) if keep and normalize else None,
         *_numbers(q, v, g, normalize),
@@ -141,15 +139,13 @@ def _backward(
     _, _, _, dg, dbonus, _ = found = _empty_gradients(
         q, k, v, g, bonus, codes, o, kept, denominators, do, dstate, scale, normalize
     )
-    q, k, v, do, dstate = (x.contiguous() for x in (q, k, v, do, dstate))
-    g, bonus = (None if x is None else x.contiguous() for x in (g, bonus))
     batch, _, heads, width = q.shape
     # Sums over all steps: in double for each batch row, one task after the other, so that threads change no order.
     sums = None if g is None or g.ndim > 1 else torch.zeros(batch, len(g), dtype=torch.float64)
     bonus_sums = None if bonus is None else torch.zeros(batch, heads, width, dtype=torch.float64)
-    tensors = (q, k, v, g, bonus, codes, kept, denominators, o, do, dstate, *found[:3])
+    inputs = contiguous(q, k, v, g, bonus, codes, kept, denominators, o, do, dstate)
     function("gated_linear_attention", "gated_linear_attention_backward", "p" * 17 + "i" * 10 + "f")(
-        *(pointer(x) for x in (*tensors, dg if sums is None else sums, bonus_sums, found[5])),
+        *(pointer(x) for x in (*inputs, *found[:3], dg if sums is None else sums, bonus_sums, found[5])),
         *_numbers(q, v, g, normalize),
         scale,
     )
@@ -167,15 +163,18 @@ def _empty_gradients(q, k, v, g, bonus, codes, o, kept, denominators, do, dstate
     return like(q), like(k), like(v), like(g), like(bonus), like(dstate)
 
 
+def _kind(g: Tensor | None) -> int:
+    """Of the decay; with one channel, per head and per channel are the same numbers."""
+    if g is None:
+        return NO_DECAY
+    return CONSTANT if g.ndim == 1 else PER_CHANNEL if g.shape[-1] > 1 else PER_HEAD
+
+
 def _numbers(q: Tensor, v: Tensor, g: Tensor | None, normalize: bool) -> tuple[int, ...]:
     """The sizes and flags that end the C functions' arguments."""
-    kind = NO_DECAY
-    if g is not None:
-        # With one channel both kinds are the same numbers.
-        kind = CONSTANT if g.ndim == 1 else PER_CHANNEL if g.shape[-1] > 1 else PER_HEAD
     batch, time, heads, width = q.shape
     sizes = (batch, time, heads, v.shape[2], width, v.shape[3])
-    return *sizes, kind, int(normalize), torch.get_num_threads(), int(v.dtype == torch.bfloat16)
+    return *sizes, _kind(g), int(normalize), torch.get_num_threads(), int(v.dtype == torch.bfloat16)
 
 
 forward = differentiable(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,27 @@ class Passes:
     cross_entropy: Callable[[Tensor, Tensor, Tensor | None, float], BlockLoss]
     kl: Callable[[Tensor, Tensor, Tensor | None, float, bool], BlockLoss]
     add: Callable[[Tensor, Tensor], object]
+
+
+def over_the_logits(cross_entropy_rows: Any, kl_rows: Any, add: Callable[[Tensor, Tensor], object]) -> Passes:
+    """The passes of a backend whose operators write the gradient over the logits and return the losses (n,) alone."""
+    cross_entropy_rows.register_fake(empty_losses)
+    kl_rows.register_fake(empty_losses)
+
+    def cross_entropy(logits: Tensor, labels: Tensor, factors: Tensor | None, z_loss: float) -> BlockLoss:
+        losses = cross_entropy_rows(logits, labels, factors, z_loss)
+        return losses, None if factors is None else logits
+
+    def kl(student: Tensor, teacher: Tensor, factors: Tensor | None, temperature: float, reverse: bool) -> BlockLoss:
+        losses = kl_rows(student, teacher, factors, temperature, reverse)
+        return losses, None if factors is None else student
+
+    return Passes(cross_entropy, kl, add)
+
+
+def empty_losses(logits: Tensor, *others: Any) -> Tensor:
+    """What such an operator returns, as memory to fill."""
+    return logits.new_empty(len(logits), dtype=torch.float32)
 
 
 def linear_cross_entropy(

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..native import function, pointer
 from ..operators import NAMESPACE
 from . import blocks
-from .blocks import BlockLoss, Passes
 
 
 @torch.library.custom_op(f"{NAMESPACE}::cross_entropy_rows_cpu", mutates_args=("logits",))
@@ -20,7 +19,7 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor, factors: Tensor | None, z
     if rows and not 0 <= int(labels.min()) <= int(labels.max()) < width:
         wrong = next(int(label) for label in labels if not 0 <= label < width)
         raise IndexError(f"Target {wrong} is out of bounds: the vocabulary has {width} entries.")
-    losses = _empty_losses(logits, labels, factors, z_loss)
+    losses = blocks.empty_losses(logits)
     labels, factors = labels.contiguous(), None if factors is None else factors.contiguous()
     function("losses", "cross_entropy_rows", "ppppiifii")(
         *map(pointer, (logits, labels, factors, losses)),
@@ -29,15 +28,10 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor, factors: Tensor | None, z
     return losses
 
 
-@cross_entropy_rows.register_fake
-def _empty_losses(logits, labels, factors, z_loss):
-    return logits.new_empty(len(logits), dtype=torch.float32)
-
-
 @torch.library.custom_op(f"{NAMESPACE}::kl_rows_cpu", mutates_args=("student",))
 def kl_rows(student: Tensor, teacher: Tensor, factors: Tensor | None, temperature: float, reverse: bool) -> Tensor:
     """Losses (n,); the student's logits (n, V) become its gradient where there are factors (n,)."""
-    losses = _empty_divergences(student, teacher, factors, temperature, reverse)
+    losses = blocks.empty_losses(student)
     factors = None if factors is None else factors.contiguous()
     function("losses", "kl_rows", "ppppiifiiii")(
         *map(pointer, (student, teacher, factors, losses)),
@@ -45,11 +39,6 @@ def kl_rows(student: Tensor, teacher: Tensor, factors: Tensor | None, temperatur
         *(x.dtype == torch.bfloat16 for x in (student, teacher)),
     )
     return losses
-
-
-@kl_rows.register_fake
-def _empty_divergences(student, teacher, factors, temperature, reverse):
-    return student.new_empty(len(student), dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::add_bf16_cpu", mutates_args=("total",))
@@ -64,16 +53,6 @@ def _(total, part):
     pass
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, factors: Tensor | None, z_loss: float) -> BlockLoss:
-    losses = cross_entropy_rows(logits, labels, factors, z_loss)
-    return losses, None if factors is None else logits
-
-
-def _kl(student: Tensor, teacher: Tensor, factors: Tensor | None, temperature: float, reverse: bool) -> BlockLoss:
-    losses = kl_rows(student, teacher, factors, temperature, reverse)
-    return losses, None if factors is None else student
-
-
-PASSES = Passes(_cross_entropy, _kl, add_bf16)
+PASSES = blocks.over_the_logits(cross_entropy_rows, kl_rows, add_bf16)
 linear_cross_entropy = functools.partial(blocks.linear_cross_entropy, PASSES)
 linear_kl = functools.partial(blocks.linear_kl, PASSES)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..operators import NAMESPACE
 from . import blocks
-from .blocks import BlockLoss, Passes
 
 
 @triton.jit
@@ -97,7 +96,7 @@ def _sizes(width: int) -> dict[str, int]:
 @torch.library.custom_op(f"{NAMESPACE}::cross_entropy_rows_triton", mutates_args=("logits",))
 def cross_entropy_rows(logits: Tensor, labels: Tensor, factors: Tensor | None, z_loss: float) -> Tensor:
     """Losses (n,); `logits` (n, V) become the gradient where there are factors (n,)."""
-    losses = _empty_losses(logits, labels, factors, z_loss)
+    losses = blocks.empty_losses(logits)
     rows, width = logits.shape
     if rows:
         used = losses if factors is None else factors.contiguous()
@@ -106,15 +105,10 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor, factors: Tensor | None, z
     return losses
 
 
-@cross_entropy_rows.register_fake
-def _empty_losses(logits, labels, factors, z_loss):
-    return logits.new_empty(len(logits), dtype=torch.float32)
-
-
 @torch.library.custom_op(f"{NAMESPACE}::kl_rows_triton", mutates_args=("student",))
 def kl_rows(student: Tensor, teacher: Tensor, factors: Tensor | None, temperature: float, reverse: bool) -> Tensor:
     """Losses (n,); the student's logits (n, V) become its gradient where there are factors (n,)."""
-    losses = _empty_divergences(student, teacher, factors, temperature, reverse)
+    losses = blocks.empty_losses(student)
     rows, width = student.shape
     if rows:
         used = losses if factors is None else factors.contiguous()
@@ -123,21 +117,6 @@ def kl_rows(student: Tensor, teacher: Tensor, factors: Tensor | None, temperatur
     return losses
 
 
-@kl_rows.register_fake
-def _empty_divergences(student, teacher, factors, temperature, reverse):
-    return student.new_empty(len(student), dtype=torch.float32)
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, factors: Tensor | None, z_loss: float) -> BlockLoss:
-    losses = cross_entropy_rows(logits, labels, factors, z_loss)
-    return losses, None if factors is None else logits
-
-
-def _kl(student: Tensor, teacher: Tensor, factors: Tensor | None, temperature: float, reverse: bool) -> BlockLoss:
-    losses = kl_rows(student, teacher, factors, temperature, reverse)
-    return losses, None if factors is None else student
-
-
-PASSES = Passes(_cross_entropy, _kl, Tensor.add_)
+PASSES = blocks.over_the_logits(cross_entropy_rows, kl_rows, Tensor.add_)
 linear_cross_entropy = functools.partial(blocks.linear_cross_entropy, PASSES)
 linear_kl = functools.partial(blocks.linear_kl, PASSES)

@@ -14,7 +14,7 @@ from ..native import function, pointer
 from ..operators import differentiable, needs_gradient
 from ..steps import step_codes
 
-LANES, MOST_TAPS = 16, 16  # as in cpu.c
+LANES = 16  # as in cpu.c
 
 
 def short_conv(

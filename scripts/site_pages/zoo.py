@@ -23,7 +23,7 @@ from rnnzoo.zoo.core.sizes import architecture_config, causal_lm_class
 from .kernels import folders as kernel_folders
 from .text import Entry, arguments, escape, first_sentence, prose, table
 
-__all__ = ["gallery", "lora_names", "lora_table", "page", "shared_fields", "title", "undocumented_fields"]
+__all__ = ["gallery", "lora_names", "lora_table", "page", "shared_fields", "title"]
 
 known_facts = functools.cache(facts)
 
@@ -145,13 +145,6 @@ def own_fields(name: str) -> list[str]:
     core = {field.name: repr(field.default) for field in dataclasses.fields(RecurrentConfig)}
     fields = dataclasses.fields(architecture_config(name))
     return [field.name for field in fields if repr(field.default) != core.get(field.name)]
-
-
-def undocumented_fields(name: str) -> list[str]:
-    """Fields that an architecture adds and no docstring explains."""
-    cls = architecture_config(name)
-    said = {field for entry in _entries(cls, own_fields(name)) for field in entry.names}
-    return [field for field in own_fields(name) if field not in said and field not in _core_fields()]
 
 
 def _entries(cls: type, names: list[str]) -> list[Entry]:

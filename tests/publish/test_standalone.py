@@ -323,7 +323,7 @@ def test_a_folder_that_is_no_model_of_the_zoo_is_refused(tmp_path):
     with pytest.raises(RnnzooError, match="'llama', which is no model of rnnzoo"):
         standalone_files(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(RnnzooError, match="not readable as JSON"):
+    with pytest.raises(RnnzooError, match="not readable JSON"):
         standalone_files(tmp_path)
 
 

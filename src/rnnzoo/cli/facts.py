@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..cards.describe import json_or_nothing
+from ..kernels.files import object_or_nothing
 
 __all__ = ["model_facts"]
 
@@ -13,7 +13,7 @@ __all__ = ["model_facts"]
 def model_facts(folder: Path) -> dict[str, Any]:
     """state_bytes, state_bytes_per_token and layer_state_bytes of a model of the zoo, from its config.json; {} for any
     other folder."""
-    raw = json_or_nothing(folder / "config.json")
+    raw = object_or_nothing(folder / "config.json")
     kind = str(raw.get("model_type"))
     if not kind.startswith("rnnzoo-"):
         return {}

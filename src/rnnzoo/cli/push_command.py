@@ -101,9 +101,9 @@ def _with_code(folder: Path, files: list[PublishedFile]) -> list[PublishedFile]:
     The card says how the model loads, so it is rendered again with the code there, unless somebody wrote in it where it
     would be overwritten. DIR itself stays as it is.
     """
-    from ..cards.describe import json_or_nothing
+    from ..kernels.files import object_or_nothing
 
-    config = json_or_nothing(folder / "config.json")
+    config = object_or_nothing(folder / "config.json")
     if not str(config.get("model_type")).startswith("rnnzoo-") or config.get("auto_map"):
         return files
     from ..cards.published import with_contents

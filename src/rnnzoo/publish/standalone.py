@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..kernels.errors import RnnzooError
+from ..kernels.files import read_object
 from ..kernels.sources import c_sources
 from ..zoo.core.folders import architectures
 
@@ -117,10 +118,7 @@ def load_config(folder: str | Path) -> RecurrentConfig:
     if not path.is_file():
         what = "holds no model (no config.json)" if Path(folder).is_dir() else "is no folder"
         raise RnnzooError(f"{folder} {what}; give the output folder of rnnzoo convert, train or import.")
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise RnnzooError(f"{path} is not readable as JSON ({error}); save the model again.") from None
+    kind = read_object(path, "save the model again").get("model_type")
     name = str(kind).removeprefix("rnnzoo-")
     if name == kind or name not in architectures():
         raise RnnzooError(f"{folder} has model_type {kind!r}, which is no model of rnnzoo; its code cannot be written.")
