@@ -16,6 +16,7 @@ __all__ = [
     "Layout",
     "Progress",
     "documents_from_lengths",
+    "documents_from_mask",
     "documents_from_positions",
     "lay_out",
     "padding_mask",
@@ -62,9 +63,7 @@ def padding_mask(attention_mask: Tensor | dict | None, batch: int, time: int) ->
     Raises:
         ShapeError: not (B, L) with L >= T.
     """
-    if isinstance(attention_mask, dict):
-        masks = [m for m in attention_mask.values() if m is not None]
-        attention_mask = next((m for m in masks if m.dim() == 2), masks[0] if masks else None)
+    attention_mask = _two_dimensional(attention_mask)
     if attention_mask is None:
         return None
     shape = tuple(attention_mask.shape)
@@ -75,6 +74,39 @@ def padding_mask(attention_mask: Tensor | dict | None, batch: int, time: int) ->
         )
     mask = attention_mask[:, shape[1] - time :].bool()
     return None if bool(mask.all()) else mask
+
+
+def documents_from_mask(attention_mask: Tensor | dict | None, time: int) -> Tensor | None:
+    """(B, T) document ids of a mask that numbers a row's documents 1, 2, ..., padding 0; None: it is of zeros and ones.
+
+    Raises:
+        RnnzooError: other values, or numbers for columns of earlier calls, too.
+    """
+    mask = _two_dimensional(attention_mask)
+    if mask is None or mask.dtype == torch.bool or mask.numel() == 0:
+        return None
+    lowest, highest = (float(x) for x in mask.aminmax())
+    if lowest < 0 or (mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all())):
+        raise RnnzooError(
+            f"attention_mask has values from {lowest:g} to {highest:g}; expected 1 for tokens and 0 for padding, or "
+            "integers that number the documents of a row from 1."
+        )
+    if highest <= 1:
+        return None
+    if mask.shape[1] != time:
+        raise RnnzooError(
+            f"attention_mask numbers documents (up to {highest:g}) over {mask.shape[1]} columns, but the call has "
+            f"{time}; pass seq_ids for the columns of the call."
+        )
+    return mask
+
+
+def _two_dimensional(attention_mask: Tensor | dict | None) -> Tensor | None:
+    """The mask of padding among generate's."""
+    if not isinstance(attention_mask, dict):
+        return attention_mask
+    masks = [m for m in attention_mask.values() if m is not None]
+    return next((m for m in masks if m.dim() == 2), masks[0] if masks else None)
 
 
 def documents_from_positions(position_ids: Tensor | None, mask: Tensor | None, batch: int, time: int) -> Tensor | None:
@@ -91,8 +123,21 @@ def documents_from_positions(position_ids: Tensor | None, mask: Tensor | None, b
     return starts.long().cumsum(1) if bool(starts.any()) else None
 
 
-def documents_from_lengths(cumulative: Tensor, time: int) -> Tensor:
-    """(1, T) document ids of one row of packed documents, from their cumulative lengths (0, n1, n1 + n2, ...)."""
+def documents_from_lengths(cumulative: Tensor, batch: int, time: int) -> Tensor:
+    """(1, T) document ids of one row of packed documents, from their cumulative lengths (0, n1, n1 + n2, ...).
+
+    Raises:
+        ShapeError: several rows, or lengths that are not of this row.
+    """
+    if batch != 1:
+        raise ShapeError(
+            f"Cumulative lengths of documents are for one row, but the call has {batch}; pass seq_ids, one per token."
+        )
+    fits = cumulative.dim() == 1 and len(cumulative) > 1 and int(cumulative[0]) == 0 and int(cumulative[-1]) <= time
+    if not fits or bool((cumulative.diff() < 0).any()):
+        raise ShapeError(
+            f"Cumulative lengths of documents are {cumulative.tolist()}; expected 0, n1, n1 + n2, ..., at most {time}."
+        )
     return (torch.bucketize(torch.arange(time, device=cumulative.device), cumulative, right=True) - 1)[None]
 
 

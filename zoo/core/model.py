@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import re
 import weakref
 from typing import Protocol
@@ -22,7 +23,16 @@ from ...kernels.errors import RnnzooError, ShapeError
 from . import attention as _attention  # noqa: F401  registers the layer types of hybrids
 from .cache import CACHE_NAME, RecurrentCache
 from .configuration import RecurrentConfig
-from .documents import Layout, documents_from_lengths, documents_from_positions, lay_out, padding_mask, prefix_tokens
+from .documents import (
+    Layout,
+    documents_from_lengths,
+    documents_from_mask,
+    documents_from_positions,
+    lay_out,
+    padding_mask,
+    prefix_tokens,
+)
+from .keywords import check_keywords
 from .layers import MLP, make_norm
 from .mixer import BlockState, Context, MixerState, SelfInitialised
 from .perspectives import Perspectives
@@ -186,6 +196,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         seq_ids: Tensor | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         past_key_values: RecurrentCache | None = None,
         cache_params: RecurrentCache | None = None,
         output_hidden_states: bool | None = None,
@@ -196,13 +207,14 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
         Args:
             input_ids: (B, T), or inputs_embeds (B, T, D).
-            attention_mask: (B, T) or (B, past + T), 0 or False for padding, which may stand anywhere.
+            attention_mask: (B, T) or (B, past + T), 0 or False for padding, which may stand anywhere. Of (B, T) also
+                integers that number the documents of a row from 1.
             position_ids: (B, T); used only to find packed documents, whose positions start again at 0. The model counts
                 positions itself, padding excluded.
             cache: continued, and updated in place. `past_key_values` and `cache_params` are older names for it.
             use_cache: return a cache; by default `config.use_cache`, and off in training.
-            seq_ids: (B, T) integers, packed documents; `seq_idx` and, for one row, `cu_seq_lens_q` say the same. With a
-                cache, a first id that differs from the last call's starts a new document.
+            seq_ids: (B, T) integers, packed documents; `seq_idx` and, for one row, `cu_seq_lens_q` or `cu_seqlens` say
+                the same. With a cache, a first id that differs from the last call's starts a new document.
             output_hidden_states: return the input of every block and the final, normed, hidden state.
             prefix_mask: (B, T) bool, tokens that all tokens of their document see whole, in layers that can (JRT); the
                 document has to begin in this call.
@@ -210,6 +222,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         Raises:
             ShapeError, RnnzooError: arguments that do not fit.
         """
+        check_keywords(kwargs, PARAMETERS)
         if (input_ids is None) == (inputs_embeds is None):
             raise RnnzooError("Give either input_ids or inputs_embeds.")
         hidden = self.enter(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
@@ -218,11 +231,13 @@ class RecurrentModel(RecurrentPreTrainedModel):
             raise ShapeError(f"The call has shape {shape} (batch, time); expected at least one token.")
         mask = padding_mask(attention_mask, *shape)
         ids = seq_ids if seq_ids is not None else seq_idx
+        ids = documents_from_mask(attention_mask, shape[1]) if ids is None else ids
         named = ids is not None
         if ids is not None and tuple(ids.shape) != shape:
             raise ShapeError(f"seq_ids has shape {tuple(ids.shape)}, expected {shape}: one document id per token.")
-        if ids is None and cu_seq_lens_q is not None and shape[0] == 1:
-            ids = documents_from_lengths(cu_seq_lens_q, shape[1])
+        lengths = cu_seqlens if cu_seqlens is not None else cu_seq_lens_q
+        if ids is None and lengths is not None:
+            ids = documents_from_lengths(lengths, *shape)
         if ids is None:
             ids = documents_from_positions(position_ids, mask, *shape)
 
@@ -300,6 +315,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
         carried = None
         for i, (layer, hidden) in enumerate(zip(self.layers, inputs, strict=True)):
             cache.states[i], carried = layer.advance(hidden, self._state(cache, i, hidden), ctx, carried)
+
+
+PARAMETERS = tuple(inspect.signature(RecurrentModel.forward).parameters)[1:]  # for the sake of suggestions
 
 
 def _replay(model: weakref.ref[RecurrentModel], *recorded) -> None:
