@@ -60,7 +60,7 @@ def test_documents_are_found_in_positions_only_where_they_start_again():
 
 
 def test_documents_are_found_in_cumulative_lengths():
-    assert documents_from_lengths(torch.tensor([0, 2, 3, 6]), 6).tolist() == [[0, 0, 1, 2, 2, 2]]
+    assert documents_from_lengths(torch.tensor([0, 2, 3, 6]), 1, 6).tolist() == [[0, 0, 1, 2, 2, 2]]
 
 
 def test_a_mask_over_the_past_is_cut_to_this_call():

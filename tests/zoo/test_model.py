@@ -255,6 +255,20 @@ def test_arguments_that_do_not_fit_are_refused(make_model, arguments, error, mes
         make_model(("supra",))(**arguments)
 
 
+@pytest.mark.parametrize("hook", ["before", "behind", "in place of forward"])
+def test_a_hook_on_the_head_is_called_in_training_too(make_model, hook):
+    model, called = make_model(("gla",)).train(), []
+    head = model.lm_head
+    if hook == "in place of forward":  # as accelerate puts them
+        original = head.forward
+        head.forward = lambda x: called.append(x) or original(x)
+    else:
+        register = head.register_forward_pre_hook if hook == "before" else head.register_forward_hook
+        register(lambda module, *given: called.append(given))
+    out = model(IDS, labels=LABELS)
+    assert len(called) == 1 and out.loss.isfinite()
+
+
 # Classification ------------------------------------------------------------------------------------------------------
 
 

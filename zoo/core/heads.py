@@ -90,8 +90,11 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin, G
         )
 
     def _may_fuse(self, logits_to_keep: int | Tensor) -> bool:
-        # An adapter or a hook on the head, or a loss of the user's own, must not be passed by.
-        plain_head = type(self.lm_head) is nn.Linear and not self.lm_head._forward_hooks
+        # An adapter or a hook on the head (accelerate puts its own in place of `forward`), or a loss of the user's own,
+        # must not be passed by.
+        head = self.lm_head
+        hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+        plain_head = type(head) is nn.Linear and not hooked
         everything = isinstance(logits_to_keep, int) and logits_to_keep == 0 and self.config.logit_cap is None
         own_loss = getattr(self, "_loss_function", None) is not None
         return self.training and self.config.fused_loss and plain_head and everything and not own_loss

@@ -18,7 +18,14 @@ KNOWN = frozenset(
         *("ignore_index", "logits_to_keep", "num_logits_to_keep", "return_loss", "skip_logits"),
         *("return_token_accuracy", "token_type_ids", "mm_token_type_ids", "cache_position", "head_mask"),
         *("cu_seq_lens_k", "max_length_q", "max_length_k", "max_seqlen", "seq_lengths"),
-        *("completion_mask", "assistant_masks", "is_first_iteration", "next_sequence_length"),
+        *(
+            "completion_mask",
+            "assistant_masks",
+            "task_ids",
+            "adapter_names",
+            "is_first_iteration",
+            "next_sequence_length",
+        ),
     }
 )
 # Names of other libraries for what has another one here.
