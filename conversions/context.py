@@ -13,6 +13,7 @@ import torch
 
 from .data import PackedTokens, TextHashes, default_corpus, open_corpus, pack
 from .memory import return_freed_memory
+from .precision import compute_dtype
 from .processes import Processes
 from .recipes import Recipe
 from .run_folder import write_json
@@ -46,7 +47,7 @@ class StageContext:
         folder: of the run, for what has to outlive a stop: `folder / stage_run.name` is the stage's own.
         data, text_field: as `open_corpus` takes them; data None: the default text.
         chat_data: sources of chats and preferences, for stages that name none.
-        dtype: of the saved weights; bfloat16 also says that stages compute under autocast.
+        dtype: of the saved weights. compute_dtype: bfloat16 says that stages compute under autocast.
         checkpointing: of activations, in stages that train. processes: those that work on this conversion.
         progress: called as progress(what, done, all, info).
     """
@@ -72,9 +73,14 @@ class StageContext:
         self.processes = Processes()
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """`dtype`, or float32 where bfloat16 is slow: it may differ between the machines of one run."""
+        return compute_dtype(self.dtype)
+
+    @property
     def bf16(self) -> bool:
         """Whether stages compute under autocast to bfloat16."""
-        return self.dtype == torch.bfloat16
+        return self.compute_dtype == torch.bfloat16
 
     @functools.cached_property
     def model(self) -> Any:
@@ -83,8 +89,8 @@ class StageContext:
 
     @functools.cached_property
     def teacher_model(self) -> Any:
-        """The teacher in the zoo's own block, every layer attention, in the dtype of the run."""
-        return zoo_teacher(self.teacher, self.model, self.dtype)
+        """The teacher in the zoo's own block, every layer attention, in the dtype to compute in."""
+        return zoo_teacher(self.teacher, self.model, self.compute_dtype)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -101,7 +107,7 @@ class StageContext:
             return open_corpus(self.data, self.text_field, tokenizer=self.tokenizer)
         return default_corpus(
             self.tokenizer,
-            model=self.teacher.load(self.dtype),
+            model=self.teacher.load(self.compute_dtype),
             sampled_tokens=self.recipe.tokens // 2,
             sampled_length=min(self.recipe.seq_len, 1024),
             seed=self.seed,

@@ -61,7 +61,7 @@ def convert(
         student, keep, state_budget, tokens, seq_len, batch_tokens: instead of the recipe's own.
         ranking: file of `plan --select`, for `keep` "best ..."; None: the layers are ranked before the first stage.
         chat_data: chats and preferences, as `data/chats.py` describes them, for stages of kind sft and dpo.
-        dtype: "bfloat16" or "float32", of training and of the saved weights.
+        dtype: "bfloat16" or "float32", of the saved weights, and of training where bfloat16 is fast (`compute_dtype`).
         restart: discard an earlier run in `out`.
         evaluate: measure the result on text held out from the data, beside the teacher, and the way there.
         offload: keep teacher and student on disk, with one layer in memory at a time: for stages that work layer by

@@ -18,6 +18,7 @@ from ..kernels.errors import RnnzooError
 from ..zoo.core.sizes import causal_lm_class
 from . import evaluation
 from .data import Corpus, PackedTokens, TextHashes, corpus_from_texts, pack
+from .precision import compute_dtype
 from .processes import Processes
 from .results import write_training_results
 from .run_folder import FINISHED, Run, write_json
@@ -144,7 +145,7 @@ class TrainingFromScratch:
             lr_scheduler_kwargs={"min_lr_rate": 0.1},
             warmup_steps=math.ceil(own.warmup * steps) if steps > 1 else 0,  # the first step of a warmup has rate 0
             dataloader_drop_last=len(self.rows) >= own.batch_size * self.processes.count,
-            bf16=own.dtype == "bfloat16",
+            bf16=compute_dtype(self.dtype) == torch.bfloat16,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=1,
             logging_nan_inf_filter=False,

@@ -92,8 +92,8 @@ class MappedStudent(StudentOnDisk):
             self.context.progress("initialise", number + 1, self.count, {})
 
     def pair(self, number: int) -> tuple[RecurrentBlock, RecurrentBlock]:
-        """The blocks of teacher and student; of the student's only the MLP is in the dtype of the run."""
-        dtype = self.context.dtype
+        """The blocks of teacher and student; of the student's only the MLP is in the dtype to compute in."""
+        dtype = self.context.compute_dtype
         weights, shared = self.teacher.layer(number)
         attention = mixer_class(self.teacher_model.config.layer_types[number])(self.teacher_model.config, number)
         attention.init_from_attention(weights)
@@ -165,7 +165,7 @@ class MappedLayers(Layers):
     def __init__(self, before: MappedStudent, stage: str):
         self.before, self.student = before, before.after(stage)
         self.student_model, self.teacher_model = before.student_model, before.teacher_model
-        self.folder, self.dtype = before.folder / stage, before.context.dtype
+        self.folder, self.dtype = before.folder / stage, before.context.compute_dtype
         self.first = self.student.finished()
 
     def streams(self, rows: dict[str, tuple[bool, list[dict[str, Tensor]]]]) -> Streams:
@@ -182,8 +182,9 @@ class MappedLayers(Layers):
                 found[name] = [Stream.of(model, row, dtype) for row in given]
         for name in found:
             for i, stream in enumerate(found[name] if saved else ()):
-                stream.hidden = saved[name][i : i + 1]
-                stream.carried = saved[f"{name}.carried"][i : i + 1] if f"{name}.carried" in saved else None
+                stream.hidden = saved[name][i : i + 1].to(stream.hidden.dtype)  # a machine before may have had another
+                carried = saved[f"{name}.carried"][i : i + 1] if f"{name}.carried" in saved else None
+                stream.carried = carried.float() if carried is not None and self.dtype == torch.float32 else carried
         return found
 
     @contextlib.contextmanager
@@ -242,7 +243,7 @@ class MappedLayers(Layers):
                 teacher = OneLayer(
                     self.teacher_model, number, mixer=teacher_block.mixer, input_layernorm=teacher_block.input_layernorm
                 )
-                group = Group(learner, teacher, HiddenRows(rows, before), folder, number, self.count)
+                group = Group(learner, teacher, HiddenRows(rows, before, self.dtype), folder, number, self.count)
                 yield group
                 report = group.report
             _write(self.student.mixer_file(number), student_block.mixer.state_dict(), report)
@@ -266,7 +267,11 @@ class MappedLayers(Layers):
         os.replace(partial, path)
 
     def _map(self, path: Path, shape: tuple[int, int, int]) -> Tensor:
-        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=self.dtype).view(shape)
+        """Hidden states in a file; one that is there may be of a machine that computes in another dtype."""
+        size, dtype = math.prod(shape), self.dtype
+        if path.exists():
+            dtype = torch.float32 if path.stat().st_size == size * torch.float32.itemsize else torch.bfloat16
+        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
     def _file(self, what: str, number: int) -> Path:
         return self.folder / f"{what}-{number}.{'bin' if what == 'hidden' else 'safetensors'}"
@@ -296,16 +301,16 @@ class OneLayer(nn.Module):
 
 
 class HiddenRows(Dataset):
-    """Rows of text with their hidden states (N, T, D)."""
+    """Rows of text with their hidden states (N, T, D), given in `dtype`."""
 
-    def __init__(self, rows: PackedTokens, hidden: Tensor):
-        self.rows, self.hidden, self.seq_len = rows, hidden, rows.seq_len
+    def __init__(self, rows: PackedTokens, hidden: Tensor, dtype: torch.dtype):
+        self.rows, self.hidden, self.dtype, self.seq_len = rows, hidden, dtype, rows.seq_len
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.rows[index] | {"hidden": self.hidden[index]}
+        return self.rows[index] | {"hidden": self.hidden[index].to(self.dtype)}
 
 
 def _behind(
@@ -314,7 +319,7 @@ def _behind(
     """Hidden states (1, T, D) of a row behind a block of the teacher."""
     device = block.input_layernorm.weight.device
     with mixed_precision(device, dtype == torch.bfloat16):
-        return block(before[row][None].to(device), None, context_of(model, rows[row], device))[0]
+        return block(before[row][None].to(device, dtype), None, context_of(model, rows[row], device))[0]
 
 
 def _without_weights(config: Any, mixer: str) -> Any:

@@ -47,7 +47,7 @@ def rank_layers(context: StageContext) -> dict[str, Any]:
     data = data.rows(0, min(len(data), -(-TOKENS // data.seq_len)))
     student = calibrated_student(context)
     report = lambda done, total: context.progress("select", done, total, {})  # noqa: E731
-    figures = measure_layers(context.teacher_model, student.to(context.dtype).eval(), data, report)
+    figures = measure_layers(context.teacher_model, student.to(context.compute_dtype).eval(), data, report)
     order = sorted(range(len(figures)), key=lambda i: (-figures[i]["swap_kl"], -figures[i]["bypass_kl"], i))
     return {
         "schema": SCHEMA,

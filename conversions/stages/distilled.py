@@ -145,11 +145,11 @@ def distillation_loss(
 
 
 def teacher_model_of(context: StageContext, stage: Distilled) -> Any:
-    """The teacher of a stage in the zoo's block, every layer attention, in the dtype of the run."""
+    """The teacher of a stage in the zoo's block, every layer attention, in the dtype to compute in."""
     if stage.teacher is None:
         return context.teacher_model
     found = resolve_teacher(stage.teacher)
-    return zoo_teacher(found, found.load(context.dtype), context.dtype)
+    return zoo_teacher(found, found.load(context.compute_dtype), context.compute_dtype)
 
 
 def check_same_tokenizer(other: TeacherRef, teacher: TeacherRef) -> None:

@@ -33,7 +33,7 @@ from .progress import ProgressReport
     type=click.Choice(["bfloat16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="Data type of training and of the saved weights.",
+    help="Of the saved weights, and of computing; float32 computes where a CPU has no bfloat16 products.",
 )
 @click.option("--restart", is_flag=True, help="Discard what an earlier run left in DIR.")
 @energy_option
