@@ -16,6 +16,7 @@ from rnnzoo.zoo.core.configuration import RecurrentConfig
 from rnnzoo.zoo.core.registry import architectures, mixer_class
 from rnnzoo.zoo.core.sizes import architecture_config
 
+from ..families import often
 from .snippets import run, snippets
 
 
@@ -27,7 +28,7 @@ def zoo():
 
 
 @pytest.mark.parametrize("name", architectures())
-def test_page_tells_what_the_registry_knows_and_its_snippet_runs(name, zoo, capsys):
+def test_page_tells_what_the_registry_knows(name, zoo):
     page = zoo.page(name)
     known = facts(name)
     for said in (f"`{architecture_config(name).model_type}`", known["kernel"], f"`{known['complexity']}`"):
@@ -35,7 +36,11 @@ def test_page_tells_what_the_registry_knows_and_its_snippet_runs(name, zoo, caps
     assert all(f"`{source}`" in page for source in known["imports"])
     assert all(f"| {size} |" in page for size in architecture_config(name).sizes)
     assert "```text\n" in page, "no equations in the docstring"
-    (snippet,) = snippets(page, f"zoo/{name}.md")
+
+
+@pytest.mark.parametrize("name", often(architectures()))
+def test_snippet_of_a_page_runs(name, zoo, capsys):
+    (snippet,) = snippets(zoo.page(name), f"zoo/{name}.md")
     assert snippet.body.count("\n") == 5
     run(snippet, {})
     assert re.match(r"tensor\(\[\[ *1, +2, +3(, +\d+){8}]]\)", capsys.readouterr().out)

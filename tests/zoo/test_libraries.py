@@ -12,14 +12,25 @@ from rnnzoo.zoo.core.cache import CACHE_NAME
 from rnnzoo.zoo.core.registry import architectures, config_class
 
 from ..conversions.tiny import tiny_tokenizer
+from ..families import often
 
 TOKENIZER = tiny_tokenizer()
 
 
 @pytest.fixture(params=architectures())
 def model(request):
+    return small(request.param)
+
+
+@pytest.fixture(params=often(architectures()))
+def trained(request):
+    """The same for tests that take seconds: one of each family, the others are slow."""
+    return small(request.param)
+
+
+def small(architecture: str):
     torch.manual_seed(0)
-    config = config_class(request.param)(
+    config = config_class(architecture)(
         vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
     return transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -65,9 +76,9 @@ def train(model, folder, **arguments) -> transformers.Trainer:
     return trainer
 
 
-def test_twenty_steps_of_trainer_lower_the_loss(model, tmp_path):
-    before = model(**_batch()).loss.item()
-    trainer = train(model, tmp_path, per_device_train_batch_size=8, gradient_checkpointing=True, bf16=True)
+def test_twenty_steps_of_trainer_lower_the_loss(trained, tmp_path):
+    before = trained(**_batch()).loss.item()
+    trainer = train(trained, tmp_path, per_device_train_batch_size=8, gradient_checkpointing=True, bf16=True)
     assert trainer.evaluate()["eval_loss"] < before - 0.3
 
 
@@ -75,8 +86,8 @@ def _batch() -> dict:
     return transformers.DataCollatorForSeq2Seq(TOKENIZER)(rows(4))
 
 
-def test_gradient_accumulation_is_exact(model, tmp_path):
-    other = copy.deepcopy(model)
+def test_gradient_accumulation_is_exact(trained, tmp_path):
+    other = copy.deepcopy(trained)
     fixed = {
         "max_steps": 1,
         "optim": "sgd",
@@ -84,9 +95,9 @@ def test_gradient_accumulation_is_exact(model, tmp_path):
         "max_grad_norm": 0.0,
         "lr_scheduler_type": "constant",
     }
-    train(model, tmp_path, per_device_train_batch_size=16, **fixed)
+    train(trained, tmp_path, per_device_train_batch_size=16, **fixed)
     train(other, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4, **fixed)
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+    for a, b in zip(trained.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -101,10 +112,10 @@ def test_packing_by_the_flattening_collator_gives_the_loss_of_separate_rows(mode
         torch.testing.assert_close(model(**batch).loss, total)
 
 
-def test_lora_trains_saves_loads_and_merges(model, tmp_path):
+def test_lora_trains_saves_loads_and_merges(trained, tmp_path):
     peft = pytest.importorskip("peft")
-    base = copy.deepcopy(model)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    base = copy.deepcopy(trained)
+    adapted = peft.get_peft_model(trained, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     trainer = train(adapted, tmp_path, per_device_train_batch_size=8, gradient_checkpointing=True)
     assert trainer.evaluate()["eval_loss"] < base(**_batch()).loss.item()
     adapted.eval().save_pretrained(tmp_path / "adapter")
