@@ -51,6 +51,9 @@ def bounded_attention(
             read.append(_read(q[b, t], far[b, t], pools, count, bounds, scale))
         outputs.append(torch.stack(read))
         states.append((pools, count))
+    if not outputs:  # no rows: zeros of the shape that they would have, with gradients
+        nothing = (q.sum() + k.sum() + v.sum()) * 0
+        return v.new_zeros(*q.shape[:3], v.shape[-1]) + nothing, initial_state
     return torch.stack(outputs), _state(states, initial_state, k, v)
 
 

@@ -116,7 +116,7 @@ class SalientMixer(Mixer):
     def _call(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, ctx: Context) -> dict:
         """The kernel's arguments, of heads before rotation."""
         # In place always: a replay decides nothing.
-        far = ctx.in_place or bool(ctx.positions.max() >= self.config.sink_distance)
+        far = ctx.in_place or bool((ctx.positions >= self.config.sink_distance).any())
         k = ctx.rotary.rotate(k, ctx.positions).to(v.dtype)
         return {
             "q": ctx.rotary.rotate(q, ctx.positions),
