@@ -210,17 +210,19 @@ def train(
     stage_run: StageRun,
     trains: Callable[[str], bool],
     *,
+    data: Any = None,
     teacher_model: Any = None,
     folder: Path | None = None,
     place: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
-    """Trains the student of a conversion in place on the rows of `stage_run`; see `train_stage`.
+    """Trains the student of a conversion in place; see `train_stage`.
 
     Args:
-        teacher_model: the teacher, if the loss asks one.
+        data: rows; None: those of `stage_run`, of the training text. teacher_model: the teacher, if the loss asks one.
         folder: for checkpoints and metrics, if not the stage's. place: number of this training among all of the stage.
     """
-    data = context.training().rows(stage_run.rows.start, len(stage_run.rows))
+    if data is None:
+        data = context.training().rows(stage_run.rows.start, len(stage_run.rows))
     context.release_model()
 
     def progress(done: int, total: int, info: dict[str, Any]) -> None:

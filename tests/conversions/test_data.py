@@ -137,7 +137,7 @@ def test_chats_are_rendered_with_the_template_and_without_one_as_roles(tmp_path)
         ("a.txt", b"text\n\x00\x01binary", "a.txt is binary data.*line 2"),
         ("a.txt", "naïve".encode("latin-1"), "not UTF-8 text"),
         ("a.txt.gz", b"no gzip at all", "not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-20], "not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999, mtime=0)[:-20], "not a whole gzip file"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": \n', "line 2 is not JSON"),
         ("a.jsonl", b'{"body": "x", "id": 3}\n', "no text in a field 'text'; its fields are body, id.*--text-field"),
         ("a.jsonl", b'{"text": 3}\n', "no text in a field 'text'"),

@@ -83,13 +83,14 @@ def test_the_recipe_divides_its_budget_and_fits_its_scores(tmp_path):
     data, path = tmp_path / "text.jsonl", tmp_path / "mine.yaml"
     data.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     recipe = load_recipe("salient").to_dict() | {"name": "mine", "state_budget": 9_000}
-    recipe |= {"calibration_tokens": 2 * TIME, "tokens": 0, "seq_len": TIME, "batch_tokens": TIME}
-    recipe["stages"] = recipe["stages"][:1]
+    recipe |= {"calibration_tokens": 2 * TIME, "tokens": 2 * TIME, "seq_len": TIME, "batch_tokens": TIME}
     recipe["student_options"]["ring_bits"] = None
     path.write_text(yaml.safe_dump(recipe))
     teacher = str(tiny_teacher("llama", tmp_path))
     results = convert(teacher, str(path), tmp_path / "out", data=[str(data)], evaluate=False, dtype="float32")
-    allocation = results["conversion"]["stages"][-1]["allocation"]
+    calibrated, distilled = results["conversion"]["stages"][-2:]
+    assert distilled["tokens"] == 2 * TIME
+    allocation = calibrated["allocation"]
     sizes = [entry["windows"] for entry in allocation["layers"]]
     assert len({size for layer in sizes for size in layer}) > 1 and 8_000 < allocation["state_bytes"] <= 9_000
     model = SalientForCausalLM.from_pretrained(tmp_path / "out")
