@@ -104,14 +104,13 @@ class RWKV4Mixer(Mixer):
         k = self.key(mix(hidden, before, self.mix_k, True))
         v = self.value(mix(hidden, before, self.mix_v, True))
         r = torch.sigmoid(self.receptance(mix(hidden, before, self.mix_r, True)))
-        heads = (self.perspectives, -1)
+        heads = (self.perspectives, self.decay.numel())
+        rows = (*k.shape[:2], *heads)
         wide = torch.promote_types(k.dtype, torch.float32)
         decay = -self.decay.to(wide).exp().expand(heads)
         bonus = self.bonus.to(wide).expand(heads)
         average = None if state is None else SoftmaxState(state.maximum, state.numerator, state.denominator)
-        o, average = softmax_average(
-            k.unflatten(-1, heads), v.unflatten(-1, heads), average, ctx, decay=decay, bonus=bonus
-        )
+        o, average = softmax_average(k.reshape(rows), v.reshape(rows), average, ctx, decay=decay, bonus=bonus)
         return self.output(r * o.view_as(r)), None if state is None else RWKV4State(last, *average)
 
 
