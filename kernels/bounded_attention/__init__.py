@@ -17,84 +17,31 @@ B batch, T time, H query heads, Hk kv heads, D key width, V value width.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from .. import native
-from ..block_floating_point import Packed
 from ..checks import check_steps, expect, expect_ndim
-from ..dispatch import dispatch, register
+from ..dispatch import dispatch
+from ..registration import register_backends
+from ..rows import MOST_SINKS, contiguous, parts
+from . import chunked, cpu, reference
 from .state import BoundedState, Bounds
 
 __all__ = ["BoundedState", "Bounds", "bounded_attention", "bounded_step", "kept_until"]
 
 
-def _reference():
-    from .reference import bounded_attention
-
-    return bounded_attention
-
-
-def _chunked():
-    from .chunked import bounded_attention
-
-    return bounded_attention
+def _cpu_step_supports(*, q, k, v, score, state, bounds, q_sink, scale) -> str | None:
+    if bounds.sinks > MOST_SINKS:
+        return f"more than {MOST_SINKS} sinks"
+    if not contiguous(state.k, state.v, state.score, state.position):
+        return "a state that is not contiguous"
+    return native.supports("bounded_attention", {"q": q, "k": k, "v": v, "score": score, "state": parts(state.k)[0]})
 
 
-def _chunked_step():
-    from .chunked import bounded_step
-
-    return bounded_step
-
-
-def _reference_step():
-    from .chunked import bounded_step
-
-    return partial(bounded_step, backend="reference")
-
-
-def _cpu_step():
-    from .cpu import bounded_step
-
-    return bounded_step
-
-
-def _retention():
-    from .chunked import retention
-
-    return retention
-
-
-def _cpu_retention():
-    from .cpu import retention
-
-    return retention
-
-
-def _cpu_supports(**call) -> str | None:
-    state = call.get("state")
-    tensors = {name: call.get(name) for name in ("q", "k", "v")} | {"score": call["score"]}
-    if state is not None:
-        parts = [part for x in (state.k, state.v) for part in (vars(x).values() if isinstance(x, Packed) else [x])]
-        tensors["state"] = parts[0]
-        if not all(part.is_contiguous() for part in (*parts, state.score, state.position)):
-            return "a state that is not contiguous"
-    return native.supports("bounded_attention", tensors)
-
-
-def _cpu_available() -> str | None:
-    return native.problem("bounded_attention", build=False)
-
-
-register("bounded_attention", "chunked", _chunked, priority=10)
-register("bounded_attention", "reference", _reference, priority=0)
-register("bounded_step", "cpu", _cpu_step, priority=20, supports=_cpu_supports, available=_cpu_available)
-register("bounded_step", "chunked", _chunked_step, priority=10)
-register("bounded_step", "reference", _reference_step, priority=0)
-register("retention", "cpu", _cpu_retention, priority=20, supports=_cpu_supports, available=_cpu_available)
-register("retention", "chunked", _retention, priority=10)
+register_backends("bounded_attention", "bounded_attention", reference, chunked)
+register_backends("bounded_attention", "bounded_step", reference, chunked, cpu, cpu_supports=_cpu_step_supports)
+register_backends("bounded_attention", "retention", chunked, chunked, cpu)
 
 
 def bounded_attention(

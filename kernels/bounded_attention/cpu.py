@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from ..block_floating_point import Packed
 from ..native import function, pointer
+from ..rows import as_float, kind, numbers, pointers
 from .state import BoundedState, Bounds
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as in rows.h
 FARTHEST = 2**40  # instead of no reach
-
-
-@lru_cache(maxsize=256)
-def _numbers(numbers: tuple[int, ...]) -> Tensor:
-    return torch.tensor(numbers)
-
-
-def _float(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
-
-
-def _pointers(x: Tensor | Packed) -> tuple[int | None, int | None]:
-    return (pointer(x), None) if isinstance(x, Tensor) else (pointer(x.codes), pointer(x.exponents))
-
-
-def _kind(x: Tensor | Packed) -> int:
-    return KINDS[(x if isinstance(x, Tensor) else x.codes).dtype]
 
 
 @torch.no_grad()
@@ -49,15 +29,15 @@ def bounded_step(
     kv_heads, value_width = v.shape[1:]
     o = torch.empty(batch, heads, value_width)
     # Held by name until the call is over: pointers keep nothing alive.
-    inputs = [_float(x) for x in (q, q_sink, k, v, score)]
+    inputs = [as_float(x) for x in (q, q_sink, k, v, score)]
     function("bounded_attention", "bounded_step", "p" * 15 + "i" * 9 + "fi")(
         *map(pointer, inputs),
-        *_pointers(state.k),
-        *_pointers(state.v),
+        *pointers(state.k),
+        *pointers(state.v),
         *map(pointer, (state.score, state.position, state.count)),
-        *(pointer(_numbers(bounds.rows)), pointer(_numbers(bounds.recents)), pointer(o)),
+        *(pointer(numbers(bounds.rows)), pointer(numbers(bounds.recents)), pointer(o)),
         *(batch, heads, kv_heads, key_width, value_width, bounds.sinks, bounds.reach or FARTHEST),
-        *(_kind(state.k), _kind(state.v), scale, torch.get_num_threads()),
+        *(kind(state.k), kind(state.v), scale, torch.get_num_threads()),
     )
     return o.to(v.dtype)
 
@@ -81,7 +61,7 @@ def retention(
     inputs = [score.contiguous(), position.to(torch.int64).contiguous(), count.contiguous(), begins, tokens]
     function("bounded_attention", "retention", "p" * 10 + "i" * 7)(
         *map(pointer, inputs),
-        *map(pointer, (_numbers(bounds.rows), _numbers(bounds.recents), until, held, positions)),
+        *map(pointer, (numbers(bounds.rows), numbers(bounds.recents), until, held, positions)),
         *(batch, heads, most, time, bounds.sinks, bounds.reach or FARTHEST, torch.get_num_threads()),
     )
     return until, held, positions

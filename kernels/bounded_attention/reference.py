@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from . import chunked
 from .state import BoundedState, Bounds
 
 
@@ -56,6 +59,8 @@ def bounded_attention(
         return v.new_zeros(*q.shape[:3], v.shape[-1]) + nothing, initial_state
     return torch.stack(outputs), _state(states, initial_state, k, v)
 
+
+bounded_step = partial(chunked.bounded_step, backend="reference")
 
 _Token = tuple[int, float, Tensor, Tensor]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..block_floating_point import Packed, pack, quantise
+from ..rows import parts
 
 __all__ = ["BoundedState", "Bounds", "as_kept", "padded", "unpadded"]
 
@@ -113,9 +114,7 @@ def _bits(x: Packed) -> int:
 
 
 def _parts(state: BoundedState) -> list[Tensor]:
-    stored = (state.k, state.v)
-    parts = [part for x in stored for part in ([x] if isinstance(x, Tensor) else [x.codes, x.exponents])]
-    return [*parts, state.score, state.position, state.count]
+    return [*parts(state.k), *parts(state.v), state.score, state.position, state.count]
 
 
 def _read(x: Tensor | Packed, dtype: torch.dtype) -> Tensor:

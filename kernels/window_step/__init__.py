@@ -16,6 +16,7 @@ from ..checks import expect_all, expect_axes
 from ..dispatch import dispatch
 from ..errors import ShapeError
 from ..registration import register_backends
+from ..rows import MOST_SINKS, contiguous, parts
 from . import chunked, cpu, reference
 from .state import State
 
@@ -23,23 +24,19 @@ __all__ = ["State", "leaving_keys", "window_step"]
 
 
 def _cpu_keys_supports(*, state, lengths, dtype) -> str | None:
-    ring = state.ring_k
-    parts = [ring] if isinstance(ring, Tensor) else [ring.codes, ring.exponents]
-    if not all(part.is_contiguous() for part in parts):
+    if not contiguous(state.ring_k):
         return "a ring that is not contiguous"
-    return native.supports("window_step", {"dtype": torch.empty(0, dtype=dtype), "ring": parts[0]})
+    return native.supports("window_step", {"dtype": torch.empty(0, dtype=dtype), "ring": parts(state.ring_k)[0]})
 
 
 def _cpu_supports(*, q, near, far, k, v, leaving, g, factor, state, lengths, sinks, anchor, scale) -> str | None:
-    if sinks > 128:
-        return "more than 128 sinks"
+    if sinks > MOST_SINKS:
+        return f"more than {MOST_SINKS} sinks"
     if state.s.dtype != torch.float32:
         return f"the state is {str(state.s.dtype).removeprefix('torch.')}"
-    rings = (state.ring_k, state.ring_v, state.sink_k, state.sink_v)
-    parts = [part for ring in rings for part in ([ring] if isinstance(ring, Tensor) else [ring.codes, ring.exponents])]
-    if not all(part.is_contiguous() for part in (state.s, *parts)):
+    if not contiguous(state.s, state.ring_k, state.ring_v, state.sink_k, state.sink_v):
         return "a state that is not contiguous"
-    tensors = {"q": q, "near": near, "k": k, "v": v, "s": state.s, "ring": parts[0]}
+    tensors = {"q": q, "near": near, "k": k, "v": v, "s": state.s, "ring": parts(state.ring_k)[0]}
     return native.supports("window_step", tensors)
 
 

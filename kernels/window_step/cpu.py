@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from ..block_floating_point import Packed
 from ..native import function, pointer
+from ..rows import as_float, kind, numbers, pointers
 from .state import State
-
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # as in cpu.c
-
-
-@lru_cache(maxsize=256)
-def _lengths(lengths: tuple[int, ...]) -> Tensor:
-    return torch.tensor(lengths)
-
-
-def _float(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
-
-
-def _pointers(ring: Tensor | Packed) -> tuple[int | None, int | None]:
-    if isinstance(ring, Tensor):
-        return pointer(ring), None
-    return pointer(ring.codes), pointer(ring.exponents)
-
-
-def _kind(ring: Tensor | Packed) -> int:
-    return KINDS[(ring if isinstance(ring, Tensor) else ring.codes).dtype]
 
 
 @torch.no_grad()
@@ -55,15 +32,15 @@ def window_step(
     kv_heads, value_width = v.shape[1:]
     o = torch.empty(batch, heads, value_width)
     # Held by name until the call is over: pointers keep nothing alive.
-    inputs = [_float(x) for x in (q, near, far, k, v, leaving, g, factor)]
+    inputs = [as_float(x) for x in (q, near, far, k, v, leaving, g, factor)]
     rings = (state.ring_k, state.ring_v, state.sink_k, state.sink_v)
     function("window_step", "window_step", "p" * 20 + "i" * 10 + "ffi")(
         *map(pointer, inputs),
         pointer(state.s),
-        *(address for ring in rings for address in _pointers(ring)),
-        *(pointer(state.count), pointer(_lengths(tuple(lengths))), pointer(o)),
+        *(address for ring in rings for address in pointers(ring)),
+        *(pointer(state.count), pointer(numbers(tuple(lengths))), pointer(o)),
         *(batch, heads, kv_heads, key_width, value_width, q.shape[-1], sinks),
-        *(_kind(state.ring_k), _kind(state.ring_v), int(anchor == "absolute")),
+        *(kind(state.ring_k), kind(state.ring_v), int(anchor == "absolute")),
         *(key_width**-0.5, scale, torch.get_num_threads()),
     )
     return o.to(v.dtype)
@@ -76,8 +53,8 @@ def leaving_keys(*, state: State, lengths: tuple[int, ...], dtype: torch.dtype) 
     batch, width = len(state.count), ring.shape[-1] if isinstance(ring, Tensor) else ring.width
     keys = torch.empty(batch, len(lengths), width)
     function("window_step", "leaving_keys", "p" * 5 + "i" * 4)(
-        *_pointers(ring),
-        *(pointer(state.count), pointer(_lengths(tuple(lengths))), pointer(keys)),
-        *(batch, len(lengths), width, _kind(ring)),
+        *pointers(ring),
+        *(pointer(state.count), pointer(numbers(tuple(lengths))), pointer(keys)),
+        *(batch, len(lengths), width, kind(ring)),
     )
     return keys.to(dtype)

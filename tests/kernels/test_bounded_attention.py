@@ -140,3 +140,19 @@ def test_what_does_not_fit_is_said():
         bounded_attention(**(tensors | {"score": tensors["score"][:, :, :0]}), **about)
     with pytest.raises(ValueError, match="recents must lie between 1 and capacities"):
         Bounds((4,), (5,))
+
+
+def test_many_sinks_are_more_than_the_c_code_takes():
+    torch.manual_seed(0)
+    bounds = Bounds((3,), (2,), 200)
+    q, k, v, score = (
+        torch.randn(1, 210, 1, 4),
+        torch.randn(1, 210, 1, 4),
+        torch.randn(1, 210, 1, 4),
+        torch.randn(1, 210, 1),
+    )
+    whole, state = bounded_attention(q[:, :209], k[:, :209], v[:, :209], score[:, :209], bounds=bounds)
+    o = bounded_step(q[:, 209], k[:, 209], v[:, 209], score[:, 209], state, bounds=bounds)
+    expected, _ = bounded_attention(q, k, v, score, bounds=bounds)
+    torch.testing.assert_close(o, expected[:, 209], rtol=1e-4, atol=1e-4)
+    assert whole.isfinite().all()
