@@ -50,12 +50,12 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, the final state's three tensors, states before each chunk: what backward needs; empty unless `keep`)."""
-    out, *final, kept = empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, keep)
+    outputs = empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, keep)
     inputs = contiguous(k, v, decay, bonus, maximum, numerator, denominator, codes)
     function("softmax_scan", "softmax_scan_forward", "p" * 13 + "i" * 6)(
-        *(pointer(x) for x in (*inputs, out, *final)), pointer(kept) if keep else None, *_sizes(k, v)
+        *(pointer(x) for x in (*inputs, *outputs[:4])), pointer(outputs[4]) if keep else None, *_sizes(k, v)
     )
-    return out, *final, kept
+    return outputs
 
 
 def _backward(

@@ -8,7 +8,9 @@ from torch import Tensor
 CHUNK = 16  # steps between kept states, as in cpu.c
 
 
-def empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, keep) -> tuple[Tensor, ...]:
+def empty_outputs(
+    k, v, decay, bonus, maximum, numerator, denominator, codes, keep
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, the last state's three tensors, and the states before each chunk (none unless `keep`)."""
     batch, time, heads, width = v.shape
     scores, single = k.shape[3], torch.float32
@@ -22,10 +24,12 @@ def empty_outputs(k, v, decay, bonus, maximum, numerator, denominator, codes, ke
     )
 
 
-def empty_gradients(k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator) -> tuple[Tensor, ...]:
+def empty_gradients(
+    k, v, decay, bonus, codes, kept, dout, dmaximum, dnumerator, ddenominator
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of k, v, decay, bonus and the initial state's three tensors."""
-    like = [
+    dk, dv, *state = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v, dmaximum, dnumerator, ddenominator)
-    ]
-    parameters = [dmaximum.new_empty(k.shape[2:]) for _ in range(2)]
-    return (*like[:2], *parameters, *like[2:])
+    )
+    of_decay, of_bonus = (dmaximum.new_empty(k.shape[2:]) for _ in range(2))
+    return dk, dv, of_decay, of_bonus, state[0], state[1], state[2]
