@@ -15,7 +15,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-__all__ = ["Packed", "pack", "quantise"]
+__all__ = ["Packed", "pack", "quantise", "rounded_like", "stored_like", "unpacked"]
 
 BLOCK = 32
 LEAST_EXPONENT, LARGEST_EXPONENT = -126, 127
@@ -50,6 +50,11 @@ class Packed:
         """(..., width)."""
         return (*self.codes.shape[:-1], self.width)
 
+    @property
+    def bits(self) -> int:
+        """Of a number: 4 or 8."""
+        return 4 if self.codes.dtype == torch.uint8 else 8
+
     def select(self, *index: Tensor) -> Packed:
         """The vectors at these places of the leading axes."""
         return Packed(self.codes[index], self.exponents[index])
@@ -76,6 +81,21 @@ def pack(x: Tensor, bits: int) -> Packed:
 def quantise(x: Tensor, bits: int) -> Tensor:
     """x (..., width) rounded to what `pack` keeps of it, in x's type; the gradient passes as if nothing was done."""
     return _Quantise.apply(x, bits)
+
+
+def rounded_like(x: Tensor, kept: Tensor | Packed) -> Tensor:
+    """x rounded to what `kept`, plain or packed, can hold."""
+    return x.to(kept.dtype) if isinstance(kept, Tensor) else quantise(x, kept.bits)
+
+
+def stored_like(x: Tensor, kept: Tensor | Packed) -> Tensor | Packed:
+    """x as `kept` is stored."""
+    return x.to(kept.dtype) if isinstance(kept, Tensor) else pack(x, kept.bits)
+
+
+def unpacked(kept: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+    """Plain, in `dtype`."""
+    return kept.to(dtype) if isinstance(kept, Tensor) else kept.unpack(dtype)
 
 
 class _Quantise(torch.autograd.Function):

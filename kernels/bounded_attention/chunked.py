@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..block_floating_point import rounded_like
 from ..dispatch import dispatch
-from .state import BoundedState, Bounds, as_kept, padded, unpadded
+from .state import BoundedState, Bounds, padded, unpadded
 
 PIECE = 128
 
@@ -163,7 +164,7 @@ def bounded_step(
     backend: str = "chunked",
 ) -> Tensor:
     """See `kernels.bounded_step`."""
-    new = {"q": q, "k": as_kept(k, state.k), "v": as_kept(v, state.v), "score": score}
+    new = {"q": q, "k": rounded_like(k, state.k), "v": rounded_like(v, state.v), "score": score}
     new = {name: x[:, None] for name, x in new.items()}
     call = {"bounds": bounds, "q_sink": None if q_sink is None else q_sink[:, None], "scale": scale}
     call |= {"initial_state": state, "seq_ids": None, "mask": None}

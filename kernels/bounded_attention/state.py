@@ -11,10 +11,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..block_floating_point import Packed, pack, quantise
+from ..block_floating_point import Packed, stored_like, unpacked
 from ..rows import parts
 
-__all__ = ["BoundedState", "Bounds", "as_kept", "padded", "unpadded"]
+__all__ = ["BoundedState", "Bounds", "padded", "unpadded"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +86,16 @@ class BoundedState:
 
     def keys(self, dtype: torch.dtype) -> Tensor:
         """(B, R, D)."""
-        return _read(self.k, dtype)
+        return unpacked(self.k, dtype)
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """(B, R, V)."""
-        return _read(self.v, dtype)
+        return unpacked(self.v, dtype)
 
     def holding(self, k: Tensor, v: Tensor, score: Tensor, position: Tensor, count: Tensor) -> BoundedState:
         """A state of the same storage with these tokens; k (B, R, D) and so on."""
         return BoundedState(
-            _stored(k, self.k), _stored(v, self.v), score.to(self.score.dtype), position.to(torch.int32), count
+            stored_like(k, self.k), stored_like(v, self.v), score.to(self.score.dtype), position.to(torch.int32), count
         )
 
     def copy_(self, other: BoundedState) -> None:
@@ -104,27 +104,8 @@ class BoundedState:
             mine.copy_(new)
 
 
-def as_kept(x: Tensor, like: Tensor | Packed) -> Tensor:
-    """x rounded to what `like`, of a state, can hold."""
-    return x.to(like.dtype) if isinstance(like, Tensor) else quantise(x, _bits(like))
-
-
-def _bits(x: Packed) -> int:
-    return 4 if x.codes.dtype == torch.uint8 else 8
-
-
 def _parts(state: BoundedState) -> list[Tensor]:
     return [*parts(state.k), *parts(state.v), state.score, state.position, state.count]
-
-
-def _read(x: Tensor | Packed, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if isinstance(x, Tensor) else x.unpack(dtype)
-
-
-def _stored(x: Tensor, like: Tensor | Packed) -> Tensor | Packed:
-    if isinstance(like, Tensor):
-        return x.to(like.dtype)
-    return pack(x, _bits(like))
 
 
 @lru_cache(maxsize=256)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..block_floating_point import Packed, pack, quantise
+from ..block_floating_point import rounded_like, stored_like, unpacked
 from ..gated_linear_attention import Window, WindowState, gated_linear_attention, ring_slots
+from ..rows import parts
 from .state import State
 
 
@@ -33,11 +34,11 @@ def window_step(
 ) -> Tensor:
     """See `kernels.window_step`."""
     dtype = state.s.dtype
-    k, v = _as_kept(k, state.ring_k), _as_kept(v, state.ring_v)
+    k, v = rounded_like(k, state.ring_k), rounded_like(v, state.ring_v)
     q, near, new_k, new_v = (x[:, None].to(dtype) for x in (q, near, k, v))
     far = None if far is None else far[:, None].to(dtype)
     features = q.new_zeros(*new_k.shape[:3], q.shape[-1])  # of the new token: they count when it leaves the window
-    rings = (_read(ring, dtype) for ring in (state.ring_k, state.ring_v, state.sink_k, state.sink_v))
+    rings = (unpacked(ring, dtype) for ring in (state.ring_k, state.ring_v, state.sink_k, state.sink_v))
     window = Window(near, new_k, lengths, sinks, far, factor=factor, anchor=anchor, ring_features=leaving)
     before = WindowState(state.s, *rings, state.count)
     o, after = gated_linear_attention(
@@ -48,34 +49,13 @@ def window_step(
     first = torch.arange(sinks, device=state.count.device) == state.count[:, None]
     first = first[:, None, :, None]  # (B, 1, sinks, 1), without reading it: that would wait for the device
     for ring, sink_ring, x in ((state.ring_k, state.sink_k, k), (state.ring_v, state.sink_v, v)):
-        for stored, sunk, new in zip(_parts(ring), _parts(sink_ring), _new_parts(ring, x), strict=True):
+        for stored, sunk, new in zip(parts(ring), parts(sink_ring), parts(stored_like(x, ring)), strict=True):
             stored[rows, slots] = new
             sunk.copy_(torch.where(first, new[:, :, None], sunk))
     assert isinstance(after, WindowState)
     state.s.copy_(after.s)
     state.count.copy_(after.count)
     return o[:, 0]
-
-
-def _bits(ring: Packed) -> int:
-    return 4 if ring.codes.dtype == torch.uint8 else 8
-
-
-def _as_kept(x: Tensor, ring: Tensor | Packed) -> Tensor:
-    """x rounded to what the ring holds."""
-    return x.to(ring.dtype) if isinstance(ring, Tensor) else quantise(x, _bits(ring))
-
-
-def _read(ring: Tensor | Packed, dtype: torch.dtype) -> Tensor:
-    return ring.to(dtype) if isinstance(ring, Tensor) else ring.unpack(dtype)
-
-
-def _parts(ring: Tensor | Packed) -> list[Tensor]:
-    return [ring] if isinstance(ring, Tensor) else [ring.codes, ring.exponents]
-
-
-def _new_parts(ring: Tensor | Packed, x: Tensor) -> list[Tensor]:
-    return [x] if isinstance(ring, Tensor) else _parts(pack(x, _bits(ring)))
 
 
 @torch.no_grad()
